@@ -1,0 +1,1 @@
+"""One file a model, one config dataclass a model."""
