@@ -158,3 +158,8 @@ class Encoder(nn.Module):
             if everything:
                 named |= {f"block_{i}": x, f"attention_{i}": weights}
         return self.norm(x), named
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, shared ones once."""
+    return sum({id(p): p.numel() for p in model.parameters()}.values())

@@ -1,0 +1,16 @@
+"""Pictures with captions: one loader for every source, tensors for training, and a tokenizer."""
+
+from minivlp.data.errors import DataError, DataWarning
+from minivlp.data.pairs import Batches, PairTensors, load_pairs, to_tensors
+from minivlp.data.text import Tokenizer, TokenTable
+
+__all__ = [
+    "Batches",
+    "DataError",
+    "DataWarning",
+    "PairTensors",
+    "TokenTable",
+    "Tokenizer",
+    "load_pairs",
+    "to_tensors",
+]

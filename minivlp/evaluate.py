@@ -1,0 +1,79 @@
+"""Every metric of the course. Metrics take arrays of numbers; only `predict` and `features` touch a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minivlp.train import evaluating
+
+
+def predict(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """Class scores (N, K) and pooled features (N, D) of pictures (N, C, H, W), both float32 on the CPU."""
+    device = next(model.parameters()).device
+    scores, pooled = [], []
+    with evaluating(model):
+        for batch in images.split(batch_size):
+            logits, named = model(batch.to(device))
+            scores.append(logits.float().cpu())
+            pooled.append(named["pooled"].float().cpu())
+    return torch.cat(scores), torch.cat(pooled)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows of `scores` (N, K) whose largest entry stands at `labels` (N,)."""
+    return (scores.argmax(dim=-1) == labels.to(scores.device)).float().mean().item()
+
+
+def confusion(scores: Tensor, labels: Tensor) -> np.ndarray:
+    """Counts (K, K): row = the true class, column = the predicted one."""
+    K = scores.shape[-1]
+    return torch.bincount(labels * K + scores.argmax(dim=-1), minlength=K * K).view(K, K).numpy()
+
+
+def ridge_probe(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, l2: float = 1.0) -> Tensor:
+    """The few-shot metric of ViT (section 4.1): scores (M, K) for `test` (M, D) by least squares in closed form.
+
+    Features `train` (N, D) are standardised, the targets are +1 for the true class and -1 for every other one, and
+    `l2` (times N) keeps the weights small; the bias is not regularised. Computed in float64.
+    """
+    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp(min=1e-6)
+    x, y = (train.double() - mean) / std, 2.0 * nn.functional.one_hot(labels, classes).double() - 1
+    bias = y.mean(0)  # x is centred, so the unregularised bias is the mean target
+    weights = torch.linalg.solve(x.T @ x + l2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (y - bias))
+    return ((test.double() - mean) / std @ weights + bias).float()
+
+
+def k_per_class(labels: Tensor, k: int, *, seed: int = 0) -> Tensor:
+    """Indices of `k` random examples of each class, for few-shot probes. Raises ValueError if a class has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for value in labels.unique():
+        (of_class,) = torch.where(labels == value)
+        if len(of_class) < k:
+            raise ValueError(f"class {value.item()} has {len(of_class)} examples, fewer than k={k}")
+        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:k]])
+    return torch.cat(chosen)
+
+
+def attention_distance(weights: Tensor, *, patch_size: int, prefix: int = 1) -> Tensor:
+    """How far heads look (ViT, Fig. 7 right): weights (B, heads, T, T) -> mean distance (heads,) in pixels.
+
+    For each patch, the distance to every patch's centre weighted by attention; class tokens (the first `prefix`) have no
+    place in the picture, so they are left out and the rest of each row is scaled back to sum 1.
+    """
+    w = weights[..., prefix:, prefix:]
+    w = w / w.sum(dim=-1, keepdim=True)
+    grid = round(w.shape[-1] ** 0.5)
+    places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float() * patch_size  # (N, 2)
+    distances = torch.cdist(places, places).to(w.device)  # (N, N) pixels
+    return (w * distances).sum(dim=-1).mean(dim=(0, 2))
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds (0.0 for a single one)."""
+    v = np.asarray(values, dtype=float)
+    return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0

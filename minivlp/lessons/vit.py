@@ -1,0 +1,210 @@
+"""Lesson 01's recipes: one main run and the experiments around it, each a small change to the main recipe.
+
+The notebook trains some of these live; `python -m minivlp.record 01_vit` runs all of them over several seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minivlp
+from minivlp.data import Batches, PairTensors, load_pairs, to_tensors
+from minivlp.data.picturebook.world import KINDS
+from minivlp.evaluate import accuracy, k_per_class, predict, ridge_probe
+from minivlp.models.cnn import ResNetConfig, SmallResNet
+from minivlp.models.vit import ViT, ViTConfig, at_resolution
+from minivlp.train import History, TrainingDiverged, fit
+
+NAME = "01_vit"
+CHECKPOINT = "vit"  # the main run's model of the first seed is kept under this name, for the later lessons
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that fixes a run but its seed."""
+
+    model: ViTConfig | ResNetConfig = ViTConfig()
+    tier: str = "easy"
+    task: str = "kind"  # "kind" of the object, or "swap": are the two halves of the picture exchanged?
+    train_size: int = 12_000
+    steps: int = 900
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    fine_tune: int = 0  # steps at 96 pixels after the run, with and without interpolated positions
+
+
+@dataclass
+class Run:
+    """What `run` returns: the trained model, its curves, and the numbers measured on the test split."""
+
+    model: nn.Module
+    history: History
+    metrics: dict[str, float]
+
+
+MAIN = Recipe(fine_tune=60)
+SHORT = replace(MAIN, steps=400, fine_tune=0)
+
+
+def vit(**changes: object) -> ViTConfig:
+    return replace(MAIN.model, **changes)
+
+
+# experiment -> arm -> recipe
+EXPERIMENTS: dict[str, dict[str, Recipe]] = {
+    "main": {"ViT": MAIN},
+    "pooling": {
+        f"{pool} {lr:.0e}": replace(SHORT, model=vit(pool=pool), lr=lr)
+        for pool in ("cls", "mean")
+        for lr in (3e-4, 1e-3, 3e-3)
+    },
+    "positions": {kind: replace(SHORT, model=vit(position=kind)) for kind in ("none", "1d", "2d")},
+    "positions, swap task": {
+        kind: replace(SHORT, model=vit(position=kind, num_classes=2), task="swap") for kind in ("none", "1d", "2d")
+    },
+    "norm": {
+        f"{norm}-norm, {'warm-up' if warmup else 'no warm-up'}": replace(
+            SHORT, model=vit(norm=norm, depth=12, width=64), warmup=warmup, lr=3e-3
+        )
+        for norm in ("pre", "post")
+        for warmup in (0.1, 0.0)
+    },
+    "data": {
+        f"{name} {size}": replace(SHORT, model=model, train_size=size, tier="normal")
+        for name, model in (("ViT", ViTConfig()), ("CNN", ResNetConfig()))
+        for size in (250, 1000, 4000, 16_000)
+    },
+    "patch": {f"P={p}": replace(SHORT, model=vit(patch_size=p), tier="normal") for p in (16, 8, 4)},
+    "shape": {
+        "base": SHORT,
+        "twice as deep": replace(SHORT, model=vit(depth=8)),
+        "as many parameters, wider": replace(SHORT, model=vit(width=180)),
+    },
+}
+
+
+def build(config: ViTConfig | ResNetConfig) -> nn.Module:
+    return ViT(config) if isinstance(config, ViTConfig) else SmallResNet(config)
+
+
+@lru_cache(maxsize=8)
+def pictures(split: str, *, tier: str, n: int, image_size: int = 64) -> PairTensors:
+    """Pictures with exactly one kind of object in them, in memory."""
+    return to_tensors(load_pairs("picturebook", split, tier=tier, n=n, image_size=image_size))
+
+
+def swap_halves(images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Exchange the left and right half of a random half of the pictures: (images, 1 where exchanged).
+
+    Both versions consist of exactly the same patches, so only a model that knows where a patch was can tell.
+    """
+    swapped = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
+    return torch.where(swapped[:, None, None, None], images.roll(images.shape[-1] // 2, dims=-1), images), swapped.long()
+
+
+def examples(split: str, recipe: Recipe, *, n: int) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, 64, 64) uint8 and labels (n,) for the recipe's task."""
+    data = pictures(split, tier=recipe.tier, n=n)
+    if recipe.task == "swap":
+        return swap_halves(data.images, seed=len(split))
+    return data.images, data.labels("kind")[0]
+
+
+def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Softmax cross-entropy of class scores (B, K) with labels (B,)."""
+    return F.cross_entropy(model(images)[0], labels)
+
+
+def validation(recipe: Recipe) -> Callable[[nn.Module], dict[str, float]]:
+    """A function of the model: its accuracy on 500 pictures of the validation split."""
+    images, labels = examples("val", recipe, n=500)
+    return lambda model: {"val accuracy": accuracy(predict(model, images)[0], labels)}
+
+
+def train(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ViT") -> tuple[nn.Module, History]:
+    """One run of a recipe: build, batch, fit. The seed fixes the weights and the order of the pictures."""
+    minivlp.seed_everything(seed)
+    model = build(recipe.model).to(device)
+    batches = Batches(examples("train", recipe, n=recipe.train_size), batch_size=recipe.batch_size, seed=seed)
+    history = fit(
+        model, batches, classification_loss, steps=recipe.steps, lr=recipe.lr, weight_decay=recipe.weight_decay,
+        warmup=recipe.warmup, evaluate=validation(recipe), evaluate_every=recipe.steps // 10, progress=progress,
+    )  # fmt: skip
+    return model, history
+
+
+def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = None) -> Run:
+    """Train, then measure on the test split: what the recorder keeps of one arm and seed."""
+    try:
+        model, history = train(recipe, seed=seed, device=device, progress=progress)
+    except TrainingDiverged as error:  # a result like any other: chance accuracy and a curve that ends early
+        return Run(error.model, error.history, {"test accuracy": 1 / recipe.model.num_classes, "diverged": 1.0})
+    metrics = {"test accuracy": test_accuracy(model, "test", recipe)}
+    if recipe.fine_tune:
+        metrics |= shifts(model, recipe) | few_shot(model, recipe) | resolutions(model, recipe, seed=seed)
+    return Run(model, history, metrics)
+
+
+def test_accuracy(model: nn.Module, split: str, recipe: Recipe) -> float:
+    images, labels = examples(split, recipe, n=1000)
+    return accuracy(predict(model, images)[0], labels)
+
+
+def shifts(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Accuracy on pictures that training never showed the like of: withheld colours, other ways of drawing."""
+    return {split: test_accuracy(model, split, recipe) for split in ("heldout_colour", "flipped", "crayon", "chalk")}
+
+
+def few_shot(model: nn.Module, recipe: Recipe, *, shots: tuple[int, ...] = (5, 25)) -> dict[str, float]:
+    """k-shot accuracy of facts the model was not trained on, read off its frozen features in closed form."""
+    train_set, test_set = (pictures(s, tier=recipe.tier, n=n) for s, n in (("train", recipe.train_size), ("test", 1000)))
+    _, train_features = predict(model, train_set.images[:4000])
+    _, test_features = predict(model, test_set.images)
+    numbers = {}
+    for fact in ("kind", "colour", "place"):
+        labels, names = train_set.labels(fact)
+        for k in shots:
+            chosen = k_per_class(labels[:4000], k)
+            scores = ridge_probe(train_features[chosen], labels[chosen], test_features, classes=len(names))
+            numbers[f"{fact}, {k} shots"] = accuracy(scores, test_set.labels(fact)[0])
+    return numbers
+
+
+def keep_reading_order(model: ViT, image_size: int) -> ViT:
+    """The mistake to compare with: at a new resolution keep the first positions in reading order, the rest untrained."""
+    resized = at_resolution(model, image_size)
+    old = model.embed.pos_embed.data
+    with torch.no_grad():
+        resized.embed.pos_embed.normal_(std=0.02)
+        resized.embed.pos_embed[:, : old.shape[1]] = old
+    return resized
+
+
+def resolutions(model: ViT, recipe: Recipe, *, seed: int, image_size: int = 96) -> dict[str, float]:
+    """Accuracy on larger pictures, with positions interpolated or not, before and after a little fine-tuning."""
+    test_set = pictures("test", tier=recipe.tier, n=1000, image_size=image_size)
+    train_set = pictures("train", tier=recipe.tier, n=4000, image_size=image_size)
+    numbers = {}
+    for name, resize in (("interpolated", at_resolution), ("reading order", keep_reading_order)):
+        bigger = resize(model, image_size)
+        numbers[f"{image_size} px, {name}"] = accuracy(predict(bigger, test_set.images)[0], test_set.labels("kind")[0])
+        batches = Batches((train_set.images, train_set.labels("kind")[0]), batch_size=recipe.batch_size, seed=seed)
+        fit(bigger, batches, classification_loss, steps=recipe.fine_tune, lr=recipe.lr / 10, progress=None)
+        numbers[f"{image_size} px, {name}, tuned"] = accuracy(predict(bigger, test_set.images)[0], test_set.labels("kind")[0])
+    return numbers
+
+
+def prepare() -> None:
+    """Draw every picture set the experiments use, once, so that runs side by side find them in the cache."""
+    for arms in EXPERIMENTS.values():
+        for recipe in arms.values():
+            for split, n in (("train", recipe.train_size), ("val", 500), ("test", 1000)):
+                pictures(split, tier=recipe.tier, n=n)

@@ -1,0 +1,638 @@
+"""Every plot of the course, in one style. Plots take arrays (NumPy, torch, lists, pictures), never models.
+
+Each function returns the `Figure` and shows nothing itself: as the last line of a notebook cell it appears once.
+Colours are those of Okabe and Ito (2008), told apart by colour-blind readers too, and never carry a fact alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
+
+WIDTH = 8.3  # inches; at 100 dots per inch the width of a notebook on GitHub
+BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY, "#000000")
+INK, QUIET, FAINT = "#222222", "#5F5F5F", "#D9D9D9"
+RIGHT, WRONG = "#00805D", "#C04A00"  # darker green and vermillion, so that the white marks on them can be read
+MARKS = {True: ("✓", RIGHT), False: ("✗", WRONG)}
+SMALL, NORMAL = 9.0, 10.0  # points
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures are the same on every machine
+    "font.size": NORMAL,
+    "text.color": INK,
+    "figure.dpi": 100,
+    "figure.figsize": (WIDTH, 3.6),
+    "figure.facecolor": "white",  # opaque: a transparent figure cannot be read in a dark theme
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 100,
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=CYCLE),
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "image.cmap": "viridis",
+}
+
+
+def use_style() -> None:
+    """Make matplotlib draw in the course's style from here on."""
+    plt.rcParams.update(STYLE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by the plots and the diagrams
+
+
+def new_figure(width: float, height: float, *, layout: str = "constrained") -> Figure:
+    """An empty white figure, in inches, that pyplot forgets at once: a notebook would otherwise show it twice."""
+    fig = plt.figure(figsize=(width, height), layout=layout, facecolor="white")
+    plt.close(fig)
+    return fig
+
+
+def inch_axes(fig: Figure) -> Axes:
+    """Axes without frame over the whole figure, whose unit is the inch and whose origin is the lower left corner."""
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    width, height = fig.get_size_inches()
+    ax.set(xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    return ax
+
+
+@lru_cache(maxsize=8192)
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Width in inches of one line of text of `size` points. Three per cent are added against rounding."""
+    font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
+    return 1.03 * text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+
+
+def text_height(lines: int, size: float) -> float:
+    """Height in inches of `lines` lines of text of `size` points."""
+    return lines * size * 1.32 / 72
+
+
+def wrap(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """Break text into lines of at most `width` inches: at spaces, and inside a word only where it is too long alone."""
+    lines = []
+    for paragraph in str(text).split("\n"):
+        line = ""
+        for word in paragraph.split():
+            trial = f"{line} {word}".strip()
+            if text_width(trial, size, weight) <= width:
+                line = trial
+                continue
+            if line:
+                lines.append(line)
+            while text_width(word, size, weight) > width and len(word) > 1:
+                fits = max([1, *(n for n in range(1, len(word)) if text_width(word[:n], size, weight) <= width)])
+                lines.append(word[:fits])
+                word = word[fits:]
+            line = word
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def array(values: Any, name: str, *, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
+    """NumPy view of a list, an array or a tensor on any device. Raises ValueError at a wrong number of dimensions."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if "bfloat16" in str(values.dtype) else values  # NumPy has no bfloat16
+    result = np.asarray(values)
+    allowed = (ndim,) if isinstance(ndim, int) else ndim
+    if allowed and result.ndim not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} must have {expected} dimensions, but its shape is {result.shape}")
+    return result
+
+
+def picture(image: Any, name: str = "image") -> np.ndarray:
+    """One picture as (H, W, 3) uint8, from a PIL picture or from (3, H, W), uint8 or floats in [-1, 1]."""
+    if hasattr(image, "convert"):
+        return np.asarray(image.convert("RGB"))
+    pixels = array(image, name)
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"{name} must be a PIL picture or of shape (3, H, W), but its shape is {pixels.shape}")
+    if pixels.dtype != np.uint8:
+        if not np.issubdtype(pixels.dtype, np.floating) or not np.abs(pixels).max() <= 1.001:
+            raise ValueError(f"{name} must be uint8, or floats in [-1, 1] as the models take them, not {pixels.dtype} "
+                             f"from {pixels.min():g} to {pixels.max():g}")  # fmt: skip
+        pixels = np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return pixels.transpose(1, 2, 0)
+
+
+def _pictures(images: Any) -> list[np.ndarray]:
+    if not isinstance(images, Sequence):
+        images = array(images, "images", ndim=4)
+    if not len(images):
+        raise ValueError("there are no pictures to show: images is empty")
+    return [picture(image, f"images[{i}]") for i, image in enumerate(images)]
+
+
+def _same_length(values: Sequence | None, name: str, n: int, what: str) -> None:
+    if values is not None and len(values) != n:
+        raise ValueError(f"{name} has {len(values)} entries for {n} {what}: give one each")
+
+
+def _ink_on(colour: Any) -> str:
+    """Black or white, whichever can be read on `colour`."""
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.2 else "white"
+
+
+def _plain(value: float) -> str:
+    """A number as a reader would write it: 16,000 and 0.0003."""
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture_grid(
+    images: Any, captions: Sequence[str] | None = None, *, columns: int = 8, title: str | None = None,
+    frames: Any = None,
+) -> Figure:  # fmt: skip
+    """Pictures in rows with their captions, wrapped, below.
+
+    `images` are (N, 3, H, W), uint8 or floats in [-1, 1], or a list of PIL pictures. `frames` has one entry a picture:
+    True (right: green and a tick), False (wrong: red and a cross), a colour, or None.
+    """
+    shown = _pictures(images)
+    frames = array(frames, "frames").tolist() if hasattr(frames, "dtype") else frames
+    _same_length(captions, "captions", len(shown), "pictures")
+    _same_length(frames, "frames", len(shown), "pictures")
+    columns = min(columns, len(shown))
+    gap, margin = 0.12, 0.06
+    cell = min(2.0, (WIDTH - 2 * margin + gap) / columns)
+    side = cell - gap
+    width = columns * cell - gap + 2 * margin
+    rows = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
+    texts = [wrap(caption, side, SMALL) for caption in captions] if captions is not None else [""] * len(shown)
+    heights = [side * max(shown[i].shape[0] / shown[i].shape[1] for i in row) for row in rows]
+    below = [text_height(max(texts[i].count("\n") + 1 for i in row), SMALL) + 0.1 if captions else gap for row in rows]
+    heading = wrap(title, width - 2 * margin, 11, "bold") if title else ""
+    top = text_height(heading.count("\n") + 1, 11) + 0.08 if title else 0.0
+
+    fig = new_figure(width, sum(heights) + sum(below) + top + 2 * margin, layout="none")
+    ax = inch_axes(fig)
+    y = fig.get_figheight() - margin
+    if title:
+        ax.text(margin, y, heading, va="top", fontsize=11, weight="bold", parse_math=False)
+        y -= top
+    for row, height, room in zip(rows, heights, below, strict=True):
+        for k, i in enumerate(row):
+            x, h = margin + k * cell, side * shown[i].shape[0] / shown[i].shape[1]
+            ax.imshow(shown[i], extent=(x, x + side, y - h, y), aspect="auto")
+            if frames is not None and frames[i] is not None:
+                _frame(ax, frames[i], x, y, side, h)
+            ax.text(x + side / 2, y - height - 0.05, texts[i], ha="center", va="top", fontsize=SMALL, parse_math=False,
+                    linespacing=1.1)  # fmt: skip
+        y -= height + room
+    ax.set(xlim=(0, width), ylim=(0, fig.get_figheight()))
+    return fig
+
+
+def _frame(ax: Axes, frame: Any, x: float, top: float, width: float, height: float) -> None:
+    mark, colour = MARKS[bool(frame)] if isinstance(frame, bool | np.bool_) else ("", frame)
+    ax.add_patch(Rectangle((x, top - height), width, height, fill=False, edgecolor=colour, linewidth=2.5))
+    if mark:
+        ax.add_patch(Rectangle((x, top - 0.2), 0.2, 0.2, facecolor=colour, edgecolor=colour))
+        ax.text(x + 0.1, top - 0.1, mark, color="white", ha="center", va="center", fontsize=NORMAL, weight="bold")
+
+
+def patch_grid(image: Any, patch_size: int) -> Figure:
+    """A picture, and its square patches pulled apart and numbered in reading order from 0.
+
+    `image` is (3, H, W) or a PIL picture whose sides are multiples of `patch_size` pixels.
+    """
+    pixels, P = picture(image), patch_size
+    H, W = pixels.shape[:2]
+    if H % P or W % P:
+        raise ValueError(f"a {H}x{W} picture cannot be cut into whole {P}x{P} patches: choose another patch_size")
+    rows, columns = H // P, W // P
+    side = 3.4
+    pitch = (WIDTH - side - 1.0) / columns  # inches from patch to patch
+    numbered = pitch >= 0.42  # else a number under each patch would touch its neighbours
+    gap = 0.19 if numbered else 0.3 * pitch
+    shown, left = pitch - gap, side + 0.95
+    tall = max(rows * pitch, side * H / W)
+
+    fig = new_figure(WIDTH, tall + 0.4, layout="none")
+    ax = inch_axes(fig)
+    top, x0 = tall + 0.1, 0.05
+    h = side * H / W
+    ax.imshow(pixels, extent=(x0, x0 + side, top - h, top), aspect="auto", interpolation="nearest")
+    ax.vlines(x0 + np.arange(1, columns) * side / columns, top - h, top, color="white", linewidth=1.2)
+    ax.hlines(top - np.arange(1, rows) * h / rows, x0, x0 + side, color="white", linewidth=1.2)
+    ax.annotate("", (left - 0.35, top - h / 2), (x0 + side + 0.1, top - h / 2),
+                arrowprops={"arrowstyle": "-|>", "color": QUIET, "linewidth": 1.5})  # fmt: skip
+    for r in range(rows):
+        for c in range(columns):
+            x, y = left + c * pitch, top - r * pitch
+            part = pixels[r * P : (r + 1) * P, c * P : (c + 1) * P]
+            ax.imshow(part, extent=(x, x + shown, y - shown, y), aspect="auto", interpolation="nearest")
+            ax.add_patch(Rectangle((x, y - shown), shown, shown, fill=False, edgecolor=QUIET, linewidth=0.6))
+            if numbered:
+                ax.text(x + shown / 2, y - shown - 0.02, str(r * columns + c), ha="center", va="top", fontsize=8)
+        if not numbered and (pitch >= 0.15 or r % 2 == 0):  # the number of the first patch of the row
+            ax.text(left - 0.05, top - r * pitch - shown / 2, str(r * columns), ha="right", va="center", fontsize=8)
+    sentence = f"{H} × {W} pixels  =  {rows} × {columns} = {rows * columns} patches of {P} × {P}"
+    ax.text(x0, 0.05, sentence, va="bottom", fontsize=NORMAL)
+    ax.set(xlim=(0, WIDTH), ylim=(0, fig.get_figheight()))
+    return fig
+
+
+def filters(weights: Any, *, columns: int = 14, title: str | None = None) -> Figure:
+    """What the patch projection looks for (ViT, Fig. 7 left): weights (n, 3, P, P), each stretched to its own range."""
+    w = array(weights, "weights", ndim=4).astype(float)
+    if w.shape[1] != 3:
+        raise ValueError(f"weights must be of shape (n, 3, P, P), but the shape is {w.shape}")
+    n, _, P, Q = w.shape
+    low, high = (f(w, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    w = (w - low) / np.maximum(high - low, 1e-12)
+    columns = min(columns, n)
+    rows, gap = -(-n // columns), max(1, P // 8)
+    sheet = np.ones((rows * (P + gap) - gap, columns * (Q + gap) - gap, 3))
+    for i in range(n):
+        y, x = i // columns * (P + gap), i % columns * (Q + gap)
+        sheet[y : y + P, x : x + Q] = w[i].transpose(1, 2, 0)
+    width = min(WIDTH, 1.1 * columns)
+    fig = new_figure(width, width * sheet.shape[0] / sheet.shape[1] + (0.3 if title else 0))
+    ax = fig.add_subplot()
+    ax.imshow(sheet, interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title or "")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves and bars
+
+
+def curves(
+    history: Mapping[str, Any], *, band: Any = None, x: Any = None, xlabel: str = "step", ylabel: str = "loss",
+    hline: tuple[float, str] | None = None, title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Curves of this run, each (n,), over the band of recorded ones: shaded from minimum to maximum, median dashed.
+
+    `x` are the curves' positions, one array for all or a dictionary with one each; without it they count from 1.
+    `band` is (runs, n), or a pair of positions (m,) and values (runs, m) as `Recorded.curves` returns them, and belongs
+    to the first curve; or a dictionary of these by curve name. `hline` is a level worth knowing and its name.
+    """
+    if not history:
+        raise ValueError("there is nothing to draw: history is empty")
+    bands = dict(band) if isinstance(band, Mapping) else {} if band is None else {next(iter(history)): band}
+    if unknown := bands.keys() - history.keys():
+        raise ValueError(f"the band {sorted(unknown)[0]!r} belongs to no curve: the curves are {', '.join(history)}")
+    fig = new_figure(WIDTH, 3.6)
+    ax = fig.add_subplot()
+    for i, (name, values) in enumerate(history.items()):
+        colour, ys = CYCLE[i % len(CYCLE)], array(values, f"history[{name!r}]", ndim=1)
+        xs = x[name] if isinstance(x, Mapping) else x
+        xs = np.arange(1, len(ys) + 1) if xs is None else array(xs, "x", ndim=1)
+        _same_length(ys, f"history[{name!r}]", len(xs), "positions in x")
+        if name in bands:
+            pair = isinstance(bands[name], tuple)
+            runs = array(bands[name][1] if pair else bands[name], f"the band of {name!r}", ndim=2)
+            at = array(bands[name][0], f"the band's positions of {name!r}", ndim=1) if pair else xs
+            _same_length(runs[0], f"the band of {name!r}", len(at), "positions")
+            of = f" of {name}" if len(history) > 1 else ""
+            ax.fill_between(at, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.2, linewidth=0,
+                            label=f"{len(runs)} earlier runs{of}, lowest to highest")  # fmt: skip
+            ax.plot(at, np.median(runs, axis=0), color=colour, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+        ax.plot(xs, ys, color=colour, label=name, marker="o" if len(ys) <= 20 else None, markersize=4)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    ax.margins(x=0.02)
+    if hline is not None:
+        _level(ax, *hline)
+    handles, labels = ax.get_legend_handles_labels()
+    if len(handles) > 1 or bands:
+        ax.legend(handles, labels)
+    else:
+        ax.set_ylabel(ylabel if ylabel != "loss" else next(iter(history)))
+    return fig
+
+
+def _level(ax: Axes, value: float, label: str, *, vertical: bool = False) -> None:
+    """A dashed line at `value` with its name at the end of it."""
+    (ax.axvline if vertical else ax.axhline)(value, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1.5)
+    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    if vertical:
+        ax.annotate(label, (value, 1), (0, 3), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
+                    ha="center", va="bottom", fontsize=SMALL, color=QUIET)  # fmt: skip
+    else:
+        ax.annotate(label, (1, value), (-4, 4), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
+                    ha="right", va="bottom", fontsize=SMALL, color=QUIET, bbox=white)  # fmt: skip
+
+
+def crossing(
+    x: Any, series: Mapping[str, Any], *, xlabel: str, ylabel: str, logx: bool = True, title: str | None = None,
+    hline: tuple[float, str] | None = None,
+) -> Figure:  # fmt: skip
+    """Where do the lines cross? The mean over seeds at each x, every seed as a dot, shaded from lowest to highest.
+
+    `x` is (n,), each series (n, seeds) or, for a single seed, (n,).
+    """
+    xs = array(x, "x", ndim=1).astype(float)
+    if logx and (xs <= 0).any():
+        raise ValueError("a logarithmic axis needs x > 0: give logx=False")
+    fig = new_figure(WIDTH, 3.8)
+    ax = fig.add_subplot()
+    for i, (name, values) in enumerate(series.items()):
+        colour, runs = CYCLE[i % len(CYCLE)], array(values, f"series[{name!r}]", ndim=(1, 2)).astype(float)
+        runs = runs.reshape(len(runs), -1)
+        _same_length(runs, f"series[{name!r}]", len(xs), "values of x")
+        ax.fill_between(xs, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.18, linewidth=0)
+        if runs.shape[1] > 1:
+            ax.plot(xs, runs, ".", color=colour, alpha=0.6, markersize=5)
+        ax.plot(xs, runs.mean(axis=1), color=colour, marker="os^Dv"[i % 5], markersize=6, label=name)
+    if logx:
+        ax.set_xscale("log")
+        ax.minorticks_off()
+    ax.set_xticks(xs, [_plain(v) for v in xs])
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    if hline is not None:
+        _level(ax, *hline)
+    ax.legend()
+    return fig
+
+
+def ablation_bars(
+    groups: Mapping[str, Sequence[float]], *, ylabel: str, chance: float | None = None, title: str | None = None,
+    paper: Mapping[str, float] | None = None, start: float = 0.0, digits: int = 3,
+) -> Figure:  # fmt: skip
+    """One bar a variant: the mean over seeds, its standard deviation as a whisker, every seed as a dot.
+
+    `groups` maps a label to one value a seed. Long or many labels lie beside horizontal bars. `paper` gives published
+    numbers by label (diamonds). An axis that does not `start` at 0 says so, for bars then exaggerate differences.
+    """
+    values = {label: array(v, f"groups[{label!r}]", ndim=1).astype(float) for label, v in groups.items()}
+    if empty := [label for label, v in values.items() if not len(v)]:
+        raise ValueError(f"groups[{empty[0]!r}] has no values: give at least one seed")
+    if not values:
+        raise ValueError("there is nothing to draw: groups is empty")
+    paper = paper or {}
+    if unknown := paper.keys() - values.keys():
+        raise ValueError(f"the paper's {sorted(unknown)[0]!r} is not among the groups: {', '.join(values)}")
+    n, slot = len(values), (WIDTH - 0.9) / len(values)
+    wrapped = [wrap(label, slot - 0.15, SMALL) for label in values]
+    broken = any(text_width(word, SMALL) > slot - 0.15 for label in values for word in label.split())
+    flat = slot < 0.75 or broken or max(w.count("\n") for w in wrapped) > 1
+    places = np.arange(n)
+    means = np.array([v.mean() for v in values.values()])
+    stds = np.array([v.std(ddof=1) if len(v) > 1 else 0.0 for v in values.values()])
+
+    fig = new_figure(WIDTH, 0.95 + 0.34 * n if flat else 3.8)
+    ax = fig.add_subplot()
+    # Bars are drawn from `start`, so that a shortened axis cuts nothing off.
+    draw, length = (ax.barh, "width") if flat else (ax.bar, "height")
+    error = {"xerr" if flat else "yerr": np.where(stds > 0, stds, np.nan)}
+    draw(places, **{length: means - start, "left" if flat else "bottom": start}, color=SKY, alpha=0.75, **error,
+         error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3}, **{"height" if flat else "width": 0.62})  # fmt: skip
+    for i, (label, v) in enumerate(values.items()):
+        spread = i + (np.linspace(-0.2, 0.2, len(v)) if len(v) > 1 else np.zeros(1))
+        xy = (v, spread) if flat else (spread, v)
+        ax.plot(*xy, "o", color=BLUE, markersize=3.5, markeredgecolor="white", markeredgewidth=0.5,
+                label="one seed" if i == 0 else None)  # fmt: skip
+        reach = max(means[i] + stds[i], v.max())
+        if label in paper:
+            reach = max(reach, paper[label])
+            xy = (paper[label], i) if flat else (i, paper[label])
+            ax.plot(*xy, "D", color="white", markeredgecolor=VERMILLION, markeredgewidth=1.6, markersize=7, zorder=4,
+                    linestyle="none", label="the paper" if label == next(iter(paper)) else None)  # fmt: skip
+        many = len(v) > 1
+        number = f"{means[i]:.{digits}f}" + (f"{' ' if flat else chr(10)}± {stds[i]:.{digits}f}" if many else "")
+        at, shift = ((reach, i), (7, 0)) if flat else ((i, reach), (0, 6))
+        ax.annotate(number, at, shift, textcoords="offset points", fontsize=SMALL,
+                    ha="left" if flat else "center", va="center" if flat else "bottom")  # fmt: skip
+    top = max([*(means + stds), *(v.max() for v in values.values()), *paper.values()])
+    named = ylabel if start == 0 else f"{ylabel}\n(the axis starts at {start:g})"
+    if flat:
+        ax.set_yticks(places, [wrap(label, 3.0, SMALL) for label in values])
+        ax.set(xlim=(start, start + 1.28 * (top - start)), ylim=(n - 0.45, -0.55), xlabel=named.replace("\n", " "))
+        ax.grid(False, axis="y")
+    else:
+        ax.set_xticks(places, wrapped)
+        ax.set(ylim=(start, start + 1.2 * (top - start)), xlim=(-0.6, n - 0.4), ylabel=named)
+        ax.grid(False, axis="x")
+    ax.tick_params(axis="y" if flat else "x", length=0)
+    if chance is not None and chance >= start:
+        _level(ax, chance, f"chance {chance:.{digits}g}", vertical=flat)
+    seeds = {len(v) for v in values.values()}
+    handles, labels = ax.get_legend_handles_labels()
+    if max(seeds) == 1:
+        handles, labels = handles[1:], labels[1:]
+    if handles:
+        fig.legend(handles, labels, loc="outside lower right", ncols=2)
+    ax.set_title(title or "", pad=18 if flat and chance is not None else 6)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices
+
+
+def similarity_matrix(
+    matrix: Any, row_labels: Sequence[str] | None = None, col_labels: Sequence[str] | None = None, *,
+    title: str | None = None, digits: int = 2,
+) -> Figure:  # fmt: skip
+    """A matrix (R, C) as colours, with its numbers where they fit. Labels of any length are wrapped or turned."""
+    m = array(matrix, "matrix", ndim=2).astype(float)
+    return _matrix(m, row_labels, col_labels, [[f"{v:.{digits}f}" for v in row] for row in m], title=title)
+
+
+def confusion(counts: Any, names: Sequence[str], *, title: str | None = None) -> Figure:
+    """Counts (K, K), row = the true class, column = the predicted one; colour = the share of the row."""
+    c = array(counts, "counts", ndim=2)
+    if c.shape != (len(names), len(names)):
+        raise ValueError(f"counts must be of shape ({len(names)}, {len(names)}) for {len(names)} names, not {c.shape}")
+    share = c / np.maximum(c.sum(axis=1, keepdims=True), 1)
+    numbers = [[f"{v:,}" if v else "" for v in row] for row in c.tolist()]
+    return _matrix(share, names, names, numbers, title=title, axes=("true", "predicted"), limits=(0, 1),
+                   bar="share of the row")  # fmt: skip
+
+
+def _matrix(
+    m: np.ndarray, row_labels: Sequence[str] | None, col_labels: Sequence[str] | None, numbers: list[list[str]], *,
+    title: str | None, axes: tuple[str, str] = ("", ""), limits: tuple[float, float] | None = None, bar: str = "",
+) -> Figure:  # fmt: skip
+    R, C = m.shape
+    _same_length(row_labels, "row_labels", R, "rows")
+    _same_length(col_labels, "col_labels", C, "columns")
+    rows = [wrap(label, 2.2, SMALL) for label in row_labels or []]
+    beside = max([0.0, *(text_width(line, SMALL) for label in rows for line in label.split("\n"))])
+    cell = min(0.75, (WIDTH - beside - 1.3) / C)
+    lines = max([1, *(label.count("\n") + 1 for label in rows)])
+    high = max(min(cell, 6.0 / R), text_height(lines, SMALL) if R <= 24 else 0)  # cells may be wide, never unreadable
+    turned = any(text_width(label, SMALL) > cell - 0.06 for label in col_labels or [])
+    columns = [wrap(label, 1.7, SMALL) for label in col_labels or []]
+    above = max([0.0, *(text_width(line, SMALL) for label in columns for line in label.split("\n"))]) if turned else 0.2
+
+    width = min(WIDTH, max(C * cell + beside + 1.3, 4.0))
+    fig = new_figure(width, R * high + (above if col_labels else 0) + (0.35 if title else 0) + 0.45)
+    ax = fig.add_subplot()
+    low, top = limits or (float(np.nanmin(m)), float(np.nanmax(m)))
+    image = ax.imshow(m, cmap="Blues", vmin=low, vmax=top, aspect=high / cell)
+    size = next((s for s in (SMALL, 8.0) if max(text_width(v, s) for row in numbers for v in row) < cell - 0.04), None)
+    if size and high > 0.16:
+        for r in range(R):
+            for c in range(C):
+                ax.text(c, r, numbers[r][c], ha="center", va="center", fontsize=size, color=_ink_on(image.to_rgba(m[r, c])))
+    step_r, step_c = (1 + int(0.13 / high), 1 + int(0.13 / cell))  # leave labels out rather than print them over another
+    ax.set_yticks(range(R)[::step_r] if rows else [], rows[::step_r])
+    ax.set_xticks(range(C)[::step_c] if columns else [], columns[::step_c], rotation=90 if turned else 0)
+    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    ax.set(ylabel=axes[0], xlabel=axes[1])
+    ax.xaxis.set_label_position("top")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    ax.set_xticks(np.arange(C + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(R + 1) - 0.5, minor=True)
+    if cell > 0.1 and high > 0.1:
+        ax.grid(True, which="minor", color="white", linewidth=1)
+    ax.tick_params(which="minor", length=0)
+    fig.colorbar(image, ax=ax, label=bar, aspect=30, pad=0.02).outline.set_visible(False)
+    if title:
+        fig.suptitle(wrap(title, width - 0.3, 11, "bold"), x=0.02, ha="left", fontsize=11, weight="bold")
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model looks at
+
+
+def attention_overlay(
+    image: Any, maps: Any, *, titles: Sequence[str] | None = None, title: str | None = None
+) -> Figure:
+    """A picture and where attention goes in it: one overlay for each of `maps` (n, gh, gw), or a grid of overlays for
+    (layers, heads, gh, gw).
+
+    Each map is stretched to its own maximum, which is printed: 0.06 on 16 patches is no preference at all. `titles`
+    name the maps, or the layers of a grid.
+    """
+    pixels, m = picture(image), array(maps, "maps", ndim=(3, 4)).astype(float)
+    grid = m.ndim == 4
+    _same_length(titles, "titles", len(m), "maps")
+    titles = titles or [f"{'layer' if grid else 'map'} {i + 1}" for i in range(len(m))]
+    if grid:
+        columns, flat = m.shape[1] + 1, m.reshape(-1, *m.shape[2:])
+        names = [f"{name}, head {h + 1}" for name in titles for h in range(m.shape[1])]
+    else:
+        columns, flat, names = min(len(m) + 1, 6), m, list(titles)
+    if columns > 13:
+        raise ValueError(f"{columns - 1} heads side by side are too many to see anything: show 12 at most")
+    per_row = columns - 1  # the picture itself stands at the left of every row
+    rows = -(-len(flat) // per_row)
+    cell = min(1.75, WIDTH / columns)
+    side = cell - 0.12
+    texts = [wrap(name, side, 8) + "\n" + wrap(f"max {peak:.2f}", side, 8)
+             for name, peak in zip(names, flat.max(axis=(1, 2)), strict=True)]  # fmt: skip
+    label = text_height(max(t.count("\n") + 1 for t in texts), 8) + 0.06
+    height, head = side * pixels.shape[0] / pixels.shape[1], 0.35 if title else 0.05
+    fig = new_figure(columns * cell, rows * (height + label + 0.06) + head + 0.05, layout="none")
+    ax = inch_axes(fig)
+    if title:
+        ax.text(0.06, fig.get_figheight() - 0.06, title, va="top", fontsize=11, weight="bold", parse_math=False)
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255 * 0.75 + 0.15
+    for k in range(len(flat)):
+        r, c = divmod(k, per_row)
+        top = fig.get_figheight() - head - r * (height + label + 0.06) - label
+        place = (0.06 + (c + 1) * cell, 0.06 + (c + 1) * cell + side, top - height, top)
+        ax.imshow(grey, extent=place, aspect="auto")
+        ax.imshow(flat[k] / max(flat[k].max(), 1e-12), extent=place, aspect="auto", cmap="inferno", vmin=0, vmax=1,
+                  alpha=0.62, interpolation="nearest")  # fmt: skip
+        ax.text(place[0] + side / 2, top + 0.03, texts[k], ha="center", va="bottom", fontsize=8, linespacing=1.1)
+        if c == 0 and (r == 0 or grid):
+            ax.imshow(pixels, extent=(0.06, 0.06 + side, top - height, top), aspect="auto")
+            if r == 0:
+                ax.text(0.06 + side / 2, top + 0.03, "picture", ha="center", va="bottom", fontsize=8)
+    ax.set(xlim=(0, columns * cell), ylim=(0, fig.get_figheight()))
+    return fig
+
+
+def position_similarity(pos: Any, grid: int | tuple[int, int], *, title: str | None = None) -> Figure:
+    """How alike learned positions are (ViT, Fig. 7 centre): the map at (row, column) shows the cosine similarity of
+    that patch's position with the position of every patch.
+
+    `pos` is (N, D) without the class token's row; `grid` is the number of patches a side, or (rows, columns).
+    """
+    p = array(pos, "pos", ndim=2).astype(float)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    if len(p) != rows * columns:
+        hint = ": leave out the class token's row" if len(p) == rows * columns + 1 else ""
+        raise ValueError(f"pos has {len(p)} rows for {rows} x {columns} patches{hint}")
+    p = p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-12)
+    similarity = (p @ p.T).reshape(rows, columns, rows, columns)
+    gap = 1  # cells of white between two maps
+    sheet = np.full((rows * (rows + gap) - gap, columns * (columns + gap) - gap), np.nan)
+    for r in range(rows):
+        for c in range(columns):
+            y, x = r * (rows + gap), c * (columns + gap)
+            sheet[y : y + rows, x : x + columns] = similarity[r, c]
+    fig = new_figure(5.6, 4.9 * rows / columns + (0.3 if title else 0))
+    ax = fig.add_subplot()
+    image = ax.imshow(sheet, interpolation="nearest", vmax=1)
+    ax.set_xticks(np.arange(columns) * (columns + gap) + (columns - 1) / 2, range(1, columns + 1))
+    ax.set_yticks(np.arange(rows) * (rows + gap) + (rows - 1) / 2, range(1, rows + 1))
+    ax.set(xlabel="column of the patch", ylabel="row of the patch", title=title or "")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    fig.colorbar(image, ax=ax, label="cosine similarity", pad=0.02).outline.set_visible(False)
+    return fig
+
+
+def attention_distance(
+    distances: Any, max_distance: float, *, hline: tuple[float, str] | None = None, title: str | None = None
+) -> Figure:
+    """How far each head looks (ViT, Fig. 7 right): distances (layers, heads) in pixels, one dot a head.
+
+    `max_distance` is the largest distance there is between two patches; `hline` may name, for instance, the distance of
+    a head that looks everywhere equally.
+    """
+    d = array(distances, "distances", ndim=2).astype(float)
+    layers, heads = d.shape
+    fig = new_figure(WIDTH * 0.75, 3.6)
+    ax = fig.add_subplot()
+    shift = np.linspace(-0.12, 0.12, heads) if heads > 1 else np.zeros(1)
+    for h in range(heads):
+        ax.plot(np.arange(1, layers + 1) + shift[h], d[:, h], "o", color=CYCLE[h % len(CYCLE)], markersize=6, alpha=0.85,
+                label=f"head {h + 1}" if heads <= 6 else None)  # fmt: skip
+    ax.plot(np.arange(1, layers + 1), d.mean(axis=1), color=QUIET, linewidth=1.2, zorder=1, label="mean of the heads")
+    ax.set(xlabel="layer", ylabel="mean attention distance (pixels)", title=title or "", ylim=(0, 1.04 * max_distance),
+           xlim=(0.5, layers + 0.5))  # fmt: skip
+    ax.set_xticks(range(1, layers + 1))
+    if hline is not None:
+        _level(ax, *hline)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    return fig
