@@ -11,6 +11,7 @@ import torch
 
 __version__ = "0.1.0"
 
+CACHE = Path(os.environ.get("MINIVLP_CACHE") or Path.home() / ".cache" / "minivlp")  # drawn pages, kept models
 DATA = Path(__file__).resolve().parent.parent / "data"  # recorded runs and reference checkpoints of the clone
 
 

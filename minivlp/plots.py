@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 
@@ -192,16 +193,17 @@ def picture_grid(
     _same_length(captions, "captions", len(shown), "pictures")
     _same_length(frames, "frames", len(shown), "pictures")
     columns = min(columns, len(shown))
-    gap, margin = 0.12, 0.06
-    cell = min(2.0, (WIDTH - 2 * margin + gap) / columns)
-    side = cell - gap
-    width = columns * cell - gap + 2 * margin
+    gap, margin = 0.1, 0.06
+    side = _crisp(min(1.92, (WIDTH - 2 * margin + gap) / columns - gap), shown[0].shape[1])
+    cell = side + gap
+    width = max(columns * cell - gap + 2 * margin, 2.4 if title else 0)
     rows = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
     texts = [wrap(caption, side, SMALL) for caption in captions] if captions is not None else [""] * len(shown)
-    heights = [side * max(shown[i].shape[0] / shown[i].shape[1] for i in row) for row in rows]
-    below = [text_height(max(texts[i].count("\n") + 1 for i in row), SMALL) + 0.1 if captions else gap for row in rows]
+    heights = [round(side * max(shown[i].shape[0] / shown[i].shape[1] for i in row), 2) for row in rows]
+    lines = [max(texts[i].count("\n") + 1 for i in row) for row in rows]
+    below = [round(text_height(n, SMALL) + 0.1, 2) if captions is not None else gap for n in lines]
     heading = wrap(title, width - 2 * margin, 11, "bold") if title else ""
-    top = text_height(heading.count("\n") + 1, 11) + 0.08 if title else 0.0
+    top = round(text_height(heading.count("\n") + 1, 11) + 0.08, 2) if title else 0.0
 
     fig = new_figure(width, sum(heights) + sum(below) + top + 2 * margin, layout="none")
     ax = inch_axes(fig)
@@ -222,6 +224,12 @@ def picture_grid(
     return fig
 
 
+def _crisp(side: float, pixels: int) -> float:
+    """`side` inches, or a little less if a picture of so many pixels then becomes an exact multiple of its size."""
+    exact = int(100 * side / pixels) * pixels / 100
+    return exact if exact > 0.85 * side else int(100 * side) / 100
+
+
 def _frame(ax: Axes, frame: Any, x: float, top: float, width: float, height: float) -> None:
     mark, colour = MARKS[bool(frame)] if isinstance(frame, bool | np.bool_) else ("", frame)
     ax.add_patch(Rectangle((x, top - height), width, height, fill=False, edgecolor=colour, linewidth=2.5))
@@ -240,17 +248,16 @@ def patch_grid(image: Any, patch_size: int) -> Figure:
     if H % P or W % P:
         raise ValueError(f"a {H}x{W} picture cannot be cut into whole {P}x{P} patches: choose another patch_size")
     rows, columns = H // P, W // P
-    side = 3.4
-    pitch = (WIDTH - side - 1.0) / columns  # inches from patch to patch
+    side = (WIDTH - 1.0) / 2
+    pitch = side / columns  # inches from patch to patch
     numbered = pitch >= 0.42  # else a number under each patch would touch its neighbours
     gap = 0.19 if numbered else 0.3 * pitch
-    shown, left = pitch - gap, side + 0.95
-    tall = max(rows * pitch, side * H / W)
-
-    fig = new_figure(WIDTH, tall + 0.4, layout="none")
-    ax = inch_axes(fig)
-    top, x0 = tall + 0.1, 0.05
+    shown, left = pitch - gap, side + 0.9
     h = side * H / W
+
+    fig = new_figure(WIDTH, h + 0.4, layout="none")
+    ax = inch_axes(fig)
+    top, x0 = h + 0.35, 0.05
     ax.imshow(pixels, extent=(x0, x0 + side, top - h, top), aspect="auto", interpolation="nearest")
     ax.vlines(x0 + np.arange(1, columns) * side / columns, top - h, top, color="white", linewidth=1.2)
     ax.hlines(top - np.arange(1, rows) * h / rows, x0, x0 + side, color="white", linewidth=1.2)
@@ -417,13 +424,13 @@ def ablation_bars(
     # Bars are drawn from `start`, so that a shortened axis cuts nothing off.
     draw, length = (ax.barh, "width") if flat else (ax.bar, "height")
     error = {"xerr" if flat else "yerr": np.where(stds > 0, stds, np.nan)}
-    draw(places, **{length: means - start, "left" if flat else "bottom": start}, color=SKY, alpha=0.75, **error,
-         error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3}, **{"height" if flat else "width": 0.62})  # fmt: skip
+    draw(places, **{length: means - start, "left" if flat else "bottom": start, "height" if flat else "width": 0.62},
+         color=SKY, alpha=0.75, **error, error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3})  # fmt: skip
     for i, (label, v) in enumerate(values.items()):
         spread = i + (np.linspace(-0.2, 0.2, len(v)) if len(v) > 1 else np.zeros(1))
         xy = (v, spread) if flat else (spread, v)
-        ax.plot(*xy, "o", color=BLUE, markersize=3.5, markeredgecolor="white", markeredgewidth=0.5,
-                label="one seed" if i == 0 else None)  # fmt: skip
+        ax.plot(*xy, "o", color=BLUE, markersize=4.5, markeredgecolor="white", markeredgewidth=0.6,
+                zorder=3, label="one seed (numbers: mean ± standard deviation)" if i == 0 else None)  # fmt: skip
         reach = max(means[i] + stds[i], v.max())
         if label in paper:
             reach = max(reach, paper[label])
@@ -482,6 +489,27 @@ def confusion(counts: Any, names: Sequence[str], *, title: str | None = None) ->
                    bar="share of the row")  # fmt: skip
 
 
+def _shorten(label: str, lines: int) -> str:
+    """A label on at most `lines` lines of at most 2.6 inches, with an ellipsis where it does not fit."""
+    for width in (1.7, 2.6):
+        broken = wrap(label, width, SMALL).split("\n")
+        if len(broken) <= lines:
+            return "\n".join(broken)
+    return "\n".join(broken[:lines]).rstrip(" ,.") + "…"
+
+
+def _map_axes(fig: Figure, left: float, bottom: float, width: float, height: float) -> tuple[Axes, Axes]:
+    """Axes for a map and for its colour bar beside it, exactly as high, placed in inches."""
+    w, h = fig.get_size_inches()
+    ax = fig.add_axes((left / w, bottom / h, width / w, height / h))
+    bar = fig.add_axes(((left + width + 0.12) / w, bottom / h, 0.13 / w, height / h))
+    ax.tick_params(length=0)
+    for axes in (ax, bar):
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    return ax, bar
+
+
 def _matrix(
     m: np.ndarray, row_labels: Sequence[str] | None, col_labels: Sequence[str] | None, numbers: list[list[str]], *,
     title: str | None, axes: tuple[str, str] = ("", ""), limits: tuple[float, float] | None = None, bar: str = "",
@@ -490,40 +518,49 @@ def _matrix(
     _same_length(row_labels, "row_labels", R, "rows")
     _same_length(col_labels, "col_labels", C, "columns")
     rows = [wrap(label, 2.2, SMALL) for label in row_labels or []]
-    beside = max([0.0, *(text_width(line, SMALL) for label in rows for line in label.split("\n"))])
-    cell = min(0.75, (WIDTH - beside - 1.3) / C)
+    beside = 0.1 + max([0.0, *(text_width(line, SMALL) for label in rows for line in label.split("\n"))])
+    name = 0.25 if axes[0] else 0.05  # inches for the name of an axis
+    right = 0.75 + (0.2 if bar else 0)
+    cell = min(0.75, (WIDTH - beside - name - right) / C)
     lines = max([1, *(label.count("\n") + 1 for label in rows)])
-    high = max(min(cell, 6.0 / R), text_height(lines, SMALL) if R <= 24 else 0)  # cells may be wide, never unreadable
+    high = max(min(cell, 5.2 / R), text_height(lines, SMALL) if R <= 24 else 0)  # cells may be wide, never unreadable
     turned = any(text_width(label, SMALL) > cell - 0.06 for label in col_labels or [])
-    columns = [wrap(label, 1.7, SMALL) for label in col_labels or []]
-    above = max([0.0, *(text_width(line, SMALL) for label in columns for line in label.split("\n"))]) if turned else 0.2
+    fit = max(1, int(cell / text_height(1, SMALL)))  # lines of a turned label
+    columns = [_shorten(label, fit) if turned else label for label in col_labels or []]
+    above = (
+        max([0.0, *(text_width(line, SMALL) for label in columns for line in label.split("\n"))]) if turned else 0.15
+    )
+    above = above + 0.08 if columns else 0.0
 
-    width = min(WIDTH, max(C * cell + beside + 1.3, 4.0))
-    fig = new_figure(width, R * high + (above if col_labels else 0) + (0.35 if title else 0) + 0.45)
-    ax = fig.add_subplot()
+    width = max(beside + name + C * cell + right, 4.0)
+    heading = wrap(title, width - 0.12, 11, "bold") if title else ""
+    head = text_height(heading.count("\n") + 1, 11) + 0.1 if title else 0.05
+    fig = new_figure(width, 0.1 + R * high + above + name + head, layout="none")
+    ax, bar_ax = _map_axes(fig, name + beside, 0.1, C * cell, R * high)
     low, top = limits or (float(np.nanmin(m)), float(np.nanmax(m)))
-    image = ax.imshow(m, cmap="Blues", vmin=low, vmax=top, aspect=high / cell)
+    image = ax.imshow(m, cmap="Blues", vmin=low, vmax=top, aspect="auto")
     size = next((s for s in (SMALL, 8.0) if max(text_width(v, s) for row in numbers for v in row) < cell - 0.04), None)
     if size and high > 0.16:
         for r in range(R):
             for c in range(C):
-                ax.text(c, r, numbers[r][c], ha="center", va="center", fontsize=size, color=_ink_on(image.to_rgba(m[r, c])))
-    step_r, step_c = (1 + int(0.13 / high), 1 + int(0.13 / cell))  # leave labels out rather than print them over another
-    ax.set_yticks(range(R)[::step_r] if rows else [], rows[::step_r])
-    ax.set_xticks(range(C)[::step_c] if columns else [], columns[::step_c], rotation=90 if turned else 0)
-    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    ax.set(ylabel=axes[0], xlabel=axes[1])
-    ax.xaxis.set_label_position("top")
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
-    ax.set_xticks(np.arange(C + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(R + 1) - 0.5, minor=True)
+                ink = _ink_on(image.to_rgba(m[r, c]))
+                ax.text(c, r, numbers[r][c], ha="center", va="center", fontsize=size, color=ink)
+    step_r, step_c = (1 + int(0.13 / high), 1 + int(0.13 / cell))  # rather leave labels out than print one over another
+    ax.set_yticks(range(R)[::step_r] if rows else [], rows[::step_r], parse_math=False)
+    ax.set_xticks(
+        range(C)[::step_c] if columns else [], columns[::step_c], rotation=90 if turned else 0, parse_math=False
+    )
+    ax.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False)
     if cell > 0.1 and high > 0.1:
-        ax.grid(True, which="minor", color="white", linewidth=1)
-    ax.tick_params(which="minor", length=0)
-    fig.colorbar(image, ax=ax, label=bar, aspect=30, pad=0.02).outline.set_visible(False)
-    if title:
-        fig.suptitle(wrap(title, width - 0.3, 11, "bold"), x=0.02, ha="left", fontsize=11, weight="bold")
+        ax.vlines(np.arange(C + 1) - 0.5, -0.5, R - 0.5, color="white", linewidth=1)
+        ax.hlines(np.arange(R + 1) - 0.5, -0.5, C - 0.5, color="white", linewidth=1)
+    ax.set(xlim=(-0.5, C - 0.5), ylim=(R - 0.5, -0.5))
+    fig.colorbar(image, cax=bar_ax, label=bar).outline.set_visible(False)
+    inches = fig.get_figheight()
+    if axes[0]:
+        fig.text(0.06 / width, (0.1 + R * high / 2) / inches, axes[0], rotation=90, va="center")
+        fig.text((name + beside + C * cell / 2) / width, (0.1 + R * high + above + 0.03) / inches, axes[1], ha="center")
+    fig.text(0.06 / width, 1 - 0.06 / inches, heading, va="top", fontsize=11, weight="bold", parse_math=False)
     return fig
 
 
@@ -537,45 +574,51 @@ def attention_overlay(
     """A picture and where attention goes in it: one overlay for each of `maps` (n, gh, gw), or a grid of overlays for
     (layers, heads, gh, gw).
 
-    Each map is stretched to its own maximum, which is printed: 0.06 on 16 patches is no preference at all. `titles`
-    name the maps, or the layers of a grid.
+    Each map is stretched to its own maximum, which is printed above it. `titles` name the maps, or the layers of
+    a grid.
     """
     pixels, m = picture(image), array(maps, "maps", ndim=(3, 4)).astype(float)
     grid = m.ndim == 4
     _same_length(titles, "titles", len(m), "maps")
     titles = titles or [f"{'layer' if grid else 'map'} {i + 1}" for i in range(len(m))]
+    flat = m.reshape(-1, *m.shape[-2:])
     if grid:
-        columns, flat = m.shape[1] + 1, m.reshape(-1, *m.shape[2:])
-        names = [f"{name}, head {h + 1}" for name in titles for h in range(m.shape[1])]
+        per_row, names = m.shape[1], [f"{name}, head {h + 1}" for name in titles for h in range(m.shape[1])]
     else:
-        columns, flat, names = min(len(m) + 1, 6), m, list(titles)
-    if columns > 13:
-        raise ValueError(f"{columns - 1} heads side by side are too many to see anything: show 12 at most")
-    per_row = columns - 1  # the picture itself stands at the left of every row
-    rows = -(-len(flat) // per_row)
+        per_row, names = -(-len(m) // -(-len(m) // 5)), list(titles)  # rows of equal length, of five at most
+    if per_row > 12:
+        raise ValueError(f"{per_row} heads side by side are too many to see anything: show 12 at most")
+    rows, columns = -(-len(flat) // per_row), per_row + 1  # the picture itself stands at the left
     cell = min(1.75, WIDTH / columns)
     side = cell - 0.12
-    texts = [wrap(name, side, 8) + "\n" + wrap(f"max {peak:.2f}", side, 8)
-             for name, peak in zip(names, flat.max(axis=(1, 2)), strict=True)]  # fmt: skip
+    texts = [wrap(f"{name}\nmax {peak:.2f}", side, 8) for name, peak in zip(names, flat.max(axis=(1, 2)), strict=True)]
     label = text_height(max(t.count("\n") + 1 for t in texts), 8) + 0.06
-    height, head = side * pixels.shape[0] / pixels.shape[1], 0.35 if title else 0.05
-    fig = new_figure(columns * cell, rows * (height + label + 0.06) + head + 0.05, layout="none")
+    height, head = side * pixels.shape[0] / pixels.shape[1], 0.3 if title else 0.05
+    patches = m.shape[-2] * m.shape[-1]
+    note = wrap("The darker, the more attention, up to each map's own maximum. No preference at all would be "
+                f"1/{patches} = {1 / patches:.3g} everywhere.", columns * cell - 0.12, 8)  # fmt: skip
+    foot = text_height(note.count("\n") + 1, 8) + 0.08
+
+    fig = new_figure(columns * cell, rows * (height + label + 0.06) + head + foot, layout="none")
     ax = inch_axes(fig)
     if title:
         ax.text(0.06, fig.get_figheight() - 0.06, title, va="top", fontsize=11, weight="bold", parse_math=False)
-    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255 * 0.75 + 0.15
+    ax.text(0.06, 0.05, note, va="bottom", fontsize=8, color=QUIET)
+    pale = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255 * 0.5 + 0.5
+    heat = np.empty((*m.shape[-2:], 4))
+    heat[..., :3] = to_rgb(WRONG)
     for k in range(len(flat)):
         r, c = divmod(k, per_row)
         top = fig.get_figheight() - head - r * (height + label + 0.06) - label
         place = (0.06 + (c + 1) * cell, 0.06 + (c + 1) * cell + side, top - height, top)
-        ax.imshow(grey, extent=place, aspect="auto")
-        ax.imshow(flat[k] / max(flat[k].max(), 1e-12), extent=place, aspect="auto", cmap="inferno", vmin=0, vmax=1,
-                  alpha=0.62, interpolation="nearest")  # fmt: skip
-        ax.text(place[0] + side / 2, top + 0.03, texts[k], ha="center", va="bottom", fontsize=8, linespacing=1.1)
+        heat[..., 3] = 0.75 * np.clip(flat[k] / max(flat[k].max(), 1e-12), 0, 1)
+        ax.imshow(pale, extent=place, aspect="auto")
+        ax.imshow(heat.copy(), extent=place, aspect="auto", interpolation="nearest")
+        ax.text(place[0] + side / 2, top + 0.03, texts[k], ha="center", va="bottom", fontsize=8, linespacing=1.1,
+                parse_math=False)  # fmt: skip
         if c == 0 and (r == 0 or grid):
             ax.imshow(pixels, extent=(0.06, 0.06 + side, top - height, top), aspect="auto")
-            if r == 0:
-                ax.text(0.06 + side / 2, top + 0.03, "picture", ha="center", va="bottom", fontsize=8)
+            ax.text(0.06 + side / 2, top + 0.03, "picture", ha="center", va="bottom", fontsize=8)
     ax.set(xlim=(0, columns * cell), ylim=(0, fig.get_figheight()))
     return fig
 
@@ -599,16 +642,14 @@ def position_similarity(pos: Any, grid: int | tuple[int, int], *, title: str | N
         for c in range(columns):
             y, x = r * (rows + gap), c * (columns + gap)
             sheet[y : y + rows, x : x + columns] = similarity[r, c]
-    fig = new_figure(5.6, 4.9 * rows / columns + (0.3 if title else 0))
-    ax = fig.add_subplot()
-    image = ax.imshow(sheet, interpolation="nearest", vmax=1)
+    width, height = 4.6, 4.6 * sheet.shape[0] / sheet.shape[1]
+    fig = new_figure(width + 1.6, height + 0.6 + (0.3 if title else 0), layout="none")
+    ax, bar_ax = _map_axes(fig, 0.55, 0.5, width, height)
+    image = ax.imshow(sheet, interpolation="nearest", vmax=1, aspect="auto")
     ax.set_xticks(np.arange(columns) * (columns + gap) + (columns - 1) / 2, range(1, columns + 1))
     ax.set_yticks(np.arange(rows) * (rows + gap) + (rows - 1) / 2, range(1, rows + 1))
     ax.set(xlabel="column of the patch", ylabel="row of the patch", title=title or "")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
-    fig.colorbar(image, ax=ax, label="cosine similarity", pad=0.02).outline.set_visible(False)
+    fig.colorbar(image, cax=bar_ax, label="cosine similarity").outline.set_visible(False)
     return fig
 
 
@@ -625,14 +666,17 @@ def attention_distance(
     fig = new_figure(WIDTH * 0.75, 3.6)
     ax = fig.add_subplot()
     shift = np.linspace(-0.12, 0.12, heads) if heads > 1 else np.zeros(1)
+    few = heads <= 6
     for h in range(heads):
-        ax.plot(np.arange(1, layers + 1) + shift[h], d[:, h], "o", color=CYCLE[h % len(CYCLE)], markersize=6, alpha=0.85,
-                label=f"head {h + 1}" if heads <= 6 else None)  # fmt: skip
+        name = f"head {h + 1}" if few else "one head" if h == 0 else None
+        ax.plot(np.arange(1, layers + 1) + shift[h], d[:, h], "o", color=CYCLE[h] if few else BLUE, label=name,
+                markersize=6, markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
     ax.plot(np.arange(1, layers + 1), d.mean(axis=1), color=QUIET, linewidth=1.2, zorder=1, label="mean of the heads")
     ax.set(xlabel="layer", ylabel="mean attention distance (pixels)", title=title or "", ylim=(0, 1.04 * max_distance),
            xlim=(0.5, layers + 0.5))  # fmt: skip
     ax.set_xticks(range(1, layers + 1))
     if hline is not None:
-        _level(ax, *hline)
+        name = wrap(hline[1], 1.6, SMALL)  # in the legend, for on the line it would hide dots
+        ax.axhline(hline[0], color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1, label=name)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -104,8 +105,9 @@ def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scrat
     for curve in curves.values():
         curve["values"] = [round(v, 4) for v in curve["values"]]
     metrics = {metric: round(value, 4) for metric, value in run.metrics.items()}
-    if (experiment, seed) == ("main", 0):
-        save_weights(run.model, scratch / f"{lesson.CHECKPOINT}.safetensors", dtype=torch.float16, recipe=json.dumps(plain))
+    for checkpoint, kept in lesson.CHECKPOINTS.items():
+        if kept == (experiment, arm) and seed == 0:
+            save_weights(run.model, scratch / f"{checkpoint}.safetensors", dtype=torch.float16, recipe=json.dumps(plain))
     content = {"recipe": plain, "run": {"seed": seed, "metrics": metrics, "curves": curves}}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content)))
     return path
@@ -146,8 +148,9 @@ def record(name: str, *, seeds: int = 5, ablation_seeds: int = 3, jobs: int | No
     path = DATA / "recorded" / f"{name}.json"
     content = json.dumps({"about": about, "recipes": recipes_of(lesson), "runs": runs}, indent=None, separators=(",", ":"))
     write_atomically(path, lambda temporary: temporary.write_text(content + "\n", encoding="utf-8"))
-    weights = scratch / f"{lesson.CHECKPOINT}.safetensors"
-    write_atomically(DATA / "checkpoints" / weights.name, lambda temporary: temporary.write_bytes(weights.read_bytes()))
+    for checkpoint in lesson.CHECKPOINTS:
+        weights = (scratch / f"{checkpoint}.safetensors").read_bytes()
+        write_atomically(DATA / "checkpoints" / f"{checkpoint}.safetensors", partial(Path.write_bytes, data=weights))
     return path
 
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minivlp import CACHE, DATA
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient is no longer a number. `history` and `model` are those of the last good step."""
@@ -269,6 +271,21 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{Path(path).name} was made with {wrong}: build the model with the file's config")
     model.load_state_dict(tensors)
     return metadata
+
+
+def keep(model: nn.Module, name: str) -> Path:
+    """Keep the weights of a model trained here under a name, for later lessons; returns the file."""
+    path = CACHE / "checkpoints" / f"{name}.safetensors"
+    save_weights(model, path)
+    return path
+
+
+def trained(name: str, model: nn.Module, *, own: bool = True) -> nn.Module:
+    """Fill `model` with the weights kept under `name`, in eval mode: those trained on this machine if there are any
+    (and `own`), else the reference weights that come with the course. Raises CheckpointError as `load_weights`."""
+    mine, reference = (folder / "checkpoints" / f"{name}.safetensors" for folder in (CACHE, DATA))
+    load_weights(model, mine if own and mine.exists() else reference)
+    return model.eval()
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

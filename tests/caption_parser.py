@@ -15,27 +15,31 @@ SINGULAR = {
     "house": "house", "home": "house", "cottage": "house",
     "tree": "tree",
     "car": "car", "automobile": "car",
-    "boat": "boat", "ship": "boat",
+    "boat": "boat", "ship": "boat", "sailboat": "boat",
     "cat": "cat", "kitten": "cat",
-    "dog": "dog", "puppy": "dog",
+    "dog": "dog", "puppy": "dog", "pup": "dog",
     "fish": "fish",
     "bird": "bird",
     "balloon": "balloon",
-    "flower": "flower", "blossom": "flower",
+    "flower": "flower", "blossom": "flower", "bloom": "flower",
     "umbrella": "umbrella", "parasol": "umbrella",
     "ball": "ball",
 }  # fmt: skip
 PLURAL = {("puppies" if w == "puppy" else "fish" if w == "fish" else w + "s"): kind for w, kind in SINGULAR.items()}
-COLOURS = {w: w for w in "red orange yellow green blue purple pink brown black white".split()} | {"violet": "purple"}
+COLOURS = {
+    "red": "red", "crimson": "red", "orange": "orange", "yellow": "yellow", "golden": "yellow", "green": "green",
+    "blue": "blue", "purple": "purple", "violet": "purple", "pink": "pink", "brown": "brown", "black": "black",
+    "white": "white",
+}  # fmt: skip
 SIZES = {"small": "small", "little": "small", "tiny": "small", "big": "big", "large": "big"}
-NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 
 RELATIONS = {
     "left of": "left", "to the left of": "left", "on the left of": "left",
     "right of": "right", "to the right of": "right", "on the right of": "right",
-    "above": "above", "over": "above",
-    "below": "below", "underneath": "below",
-    "next to": "near", "beside": "near", "close to": "near",
+    "above": "above", "over": "above", "higher than": "above",
+    "below": "below", "beneath": "below", "underneath": "below", "lower than": "below",
+    "next to": "near", "beside": "near", "near": "near", "close to": "near",
     "far from": "far", "far away from": "far",
     "bigger than": "bigger", "larger than": "bigger",
     "smaller than": "smaller",
@@ -44,13 +48,17 @@ RELATIONS = {
 
 AROUND = {
     "in a meadow": ("place", "meadow"), "on the grass": ("place", "meadow"), "in a green field": ("place", "meadow"),
-    "on the beach": ("place", "beach"), "at the beach": ("place", "beach"), "at the seaside": ("place", "beach"),
+    "on grassy hills": ("place", "meadow"),
+    "on the beach": ("place", "beach"), "at the seaside": ("place", "beach"), "on the shore": ("place", "beach"),
+    "on a sandy shore": ("place", "beach"),
     "at sea": ("place", "sea"), "on the water": ("place", "sea"), "on the waves": ("place", "sea"),
+    "on the ocean": ("place", "sea"),
     "in the snow": ("place", "snow"), "on snowy ground": ("place", "snow"),
-    "in a snowy landscape": ("place", "snow"),
+    "in a winter landscape": ("place", "snow"),
     "in the desert": ("place", "desert"), "among the dunes": ("place", "desert"),
-    "in the city": ("place", "city"), "in town": ("place", "city"),
-    "by day": ("sky", "day"), "in daylight": ("sky", "day"), "during the day": ("sky", "day"),
+    "in the city": ("place", "city"), "in town": ("place", "city"), "on a city street": ("place", "city"),
+    "in front of tall buildings": ("place", "city"),
+    "by day": ("sky", "day"), "in the daytime": ("sky", "day"), "during the day": ("sky", "day"),
     "at sunset": ("sky", "sunset"), "at dusk": ("sky", "sunset"), "in the evening": ("sky", "sunset"),
     "at night": ("sky", "night"), "after dark": ("sky", "night"),
     "under a clear sky": ("weather", "clear"), "in clear weather": ("weather", "clear"),
@@ -59,7 +67,7 @@ AROUND = {
     "under clouds": ("weather", "cloudy"),
     "in the rain": ("weather", "rain"), "in rainy weather": ("weather", "rain"), "while it rains": ("weather", "rain"),
     "in falling snow": ("weather", "snowfall"), "while it snows": ("weather", "snowfall"),
-    "while snow falls": ("weather", "snowfall"),
+    "in a snow shower": ("weather", "snowfall"),
     "a crayon drawing of": ("style", "crayon"), "a drawing in crayon of": ("style", "crayon"),
     "a chalk drawing of": ("style", "chalk"),
 }  # fmt: skip
@@ -67,8 +75,13 @@ for _adjective, _weather in {"clear": "clear", "cloudy": "cloudy", "rainy": "rai
     for _noun, _sky in {"day": "day", "evening": "sunset", "night": "night"}.items():
         AROUND[f"on a {_adjective} {_noun}"] = ("sky+weather", f"{_sky}+{_weather}")
 
-FRAMES = ("a picture of", "a drawing of", "an image of", "this picture shows", "this is", "here is", "here are",
-          "there is", "there are")  # fmt: skip
+# What may open a sentence, and whether it asks for a singular (True) or a plural (False) after it.
+FRAMES = {
+    "a picture of": None, "a drawing of": None, "an image of": None, "a painting of": None, "an illustration of": None,
+    "a cartoon of": None, "a scene with": None, "this picture shows": None, "we see": None, "you can see": None,
+    "look at": None,
+    "this is": True, "here is": True, "there is": True, "these are": False, "here are": False, "there are": False,
+}  # fmt: skip
 
 
 @dataclass
@@ -84,9 +97,7 @@ class Phrase:
         return [
             i
             for i, thing in enumerate(scene.things)
-            if thing.kind == self.kind
-            and self.colour in (None, thing.colour)
-            and self.size in (None, thing.size)
+            if thing.kind == self.kind and self.colour in (None, thing.colour) and self.size in (None, thing.size)
         ]
 
 
@@ -143,7 +154,10 @@ def parse(text: str) -> Facts:
             continue
         frame = _longest(words, at, FRAMES)
         if frame and not facts.nouns:
-            at = frame[1]
+            at, singular = frame[1], FRAMES[frame[0]]
+            noun = _noun(words, at) if at < len(words) else None
+            if noun and singular not in (None, noun[0].number == 1):
+                raise ValueError(f"{frame[0]!r} does not agree in {text!r}")
             continue
         noun = _noun(words, at)
         if noun:
@@ -161,8 +175,9 @@ def parse(text: str) -> Facts:
                 raise ValueError(f"nothing said after {words[at]!r} in {text!r}")
             at += 1
             continue
-        if words[at] in ("and", ","):
-            joined, at = True, at + 1
+        joint = _longest(words, at, ("and", ",", "with", "together with"))
+        if joint:
+            joined, at = True, joint[1]
             continue
         relation = _longest(words, at, RELATIONS)
         if relation and facts.nouns:
@@ -191,8 +206,8 @@ def related(a, relation: str, b) -> bool:
         "right": a.x - b.x >= 6,
         "above": b.y - a.y >= 6,
         "below": a.y - b.y >= 6,
-        "near": away <= 31,
-        "far": away > 31,
+        "near": away <= 32,
+        "far": away > 32,
         "bigger": a.side >= 1.1 * b.side,
         "smaller": b.side >= 1.1 * a.side,
         "same": a.colour == b.colour,
@@ -217,3 +232,153 @@ def facts_hold(facts: Facts, scene) -> bool:
 def is_true(caption: str, scene) -> bool:
     """Whether a caption is true of a scene. Raises ValueError for a caption that is not understood."""
     return facts_hold(parse(caption), scene)
+
+
+# ---- questions ----
+
+
+def _only(scene, words: str):
+    """The one thing that "cat" or "red cat" means. Raises ValueError if there is not exactly one."""
+    *colour, kind = words.split()
+    found = [t for t in scene.things if t.kind == SINGULAR[kind] and (not colour or t.colour == COLOURS[colour[0]])]
+    if len(found) != 1:
+        raise ValueError(f"{words!r} means {len(found)} things")
+    return found[0]
+
+
+def _plural(scene, word: str) -> int:
+    return sum(thing.kind == PLURAL[word] for thing in scene.things)
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _there(scene, phrase: str) -> str:
+    noun = _noun(phrase.split(), 0)[0]
+    return _yes(bool(noun.matching(scene)))
+
+
+def _what(scene, colour: str) -> str:
+    (thing,) = [thing for thing in scene.things if thing.colour == colour]
+    return thing.kind
+
+
+def _colour(scene, word: str, number_is_one: bool) -> str:
+    found = [t for t in scene.things if t.kind == (SINGULAR if number_is_one else PLURAL)[word]]
+    (colour,) = {thing.colour for thing in found}
+    if (len(found) == 1) != number_is_one:
+        raise ValueError(f"{word!r} has the wrong number")
+    return colour
+
+
+def _side(scene, a: str, words: tuple[str, str], b: str) -> str:
+    one, other = _only(scene, a), _only(scene, b)
+    (answer,) = [word for word in words if related(one, word, other)]
+    return answer
+
+
+def _alone(scene) -> str:
+    (thing,) = scene.things
+    return thing.kind
+
+
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+_RULES = (
+    (r"what is in the picture\?|what do you see\?|what is this\?|what object is shown\?", lambda s, m: _alone(s)),
+    (r"what is the (\w+) thing\?", lambda s, m: _what(s, m[1])),
+    (r"what colour (is|are) the (\w+)\?", lambda s, m: _colour(s, m[2], m[1] == "is")),
+    (r"which colour (does|do) the (\w+) have\?", lambda s, m: _colour(s, m[2], m[1] == "does")),
+    (r"is the (.+) (small or big|big or small)\?", lambda s, m: _only(s, m[1]).size),
+    (r"(?:how big is|what size does) the (.+?)(?: have)?\?", lambda s, m: _only(s, m[1]).size),
+    (r"how many (\w+) (?:are there|do you see)\?", lambda s, m: _NUMBER_WORDS[_plural(s, m[1])]),
+    (r"can you count the (\w+)\?", lambda s, m: _NUMBER_WORDS[_plural(s, m[1])]),
+    (r"where is this\?|what kind of place is this\?|where are we\?", lambda s, m: s.place),
+    (r"what time of day is it\?|which part of the day is it\?|is it \w+, \w+ or \w+\?", lambda s, m: s.sky),
+    (r"what is the weather like\?|how is the weather\?", lambda s, m: s.weather),
+    (
+        r"is the (.+) (?:left or right|right or left) of the (.+)\?",
+        lambda s, m: _side(s, m[1], ("left", "right"), m[2]),
+    ),
+    (
+        r"is the (.+) (?:above or below|below or above) the (.+)\?",
+        lambda s, m: _side(s, m[1], ("above", "below"), m[2]),
+    ),
+    (
+        r"is the (.+) (bigger|smaller) than the (.+)\?",
+        lambda s, m: _yes(related(_only(s, m[1]), m[2], _only(s, m[3]))),
+    ),
+    (r"are there more (\w+) than (\w+)\?", lambda s, m: _yes(_plural(s, m[1]) > _plural(s, m[2]))),
+    (r"(?:is there|can you see|do you see|does the picture show) (.+)\?", lambda s, m: _there(s, m[1])),
+    (r"is it day\?|is it daytime\?", lambda s, m: _yes(s.sky == "day")),
+    (r"is it sunset\?|is it evening\?", lambda s, m: _yes(s.sky == "sunset")),
+    (r"is it night\?|is it dark outside\?", lambda s, m: _yes(s.sky == "night")),
+    (r"is the sky clear\?|is the weather fine\?", lambda s, m: _yes(s.weather == "clear")),
+    (r"is it raining\?|does it rain\?", lambda s, m: _yes(s.weather == "rain")),
+    (r"is it snowing\?|is snow falling\?", lambda s, m: _yes(s.weather == "snowfall")),
+    (r"is this (.+)\?", lambda s, m: _yes(AROUND[m[1]] == ("place", s.place))),
+)
+
+
+def answer(question: str, scene) -> str:
+    """The answer, worked out from the scene. Raises ValueError for a question that has none, or more than one."""
+    for pattern, rule in _RULES:
+        match = re.fullmatch(pattern, question)
+        if match:
+            return rule(scene, match)
+    raise ValueError(f"not understood: {question!r}")
+
+
+# ---- statements about two pictures ----
+
+_WHOLE = {
+    "a meadow": ("place", "meadow"), "a beach": ("place", "beach"), "the sea": ("place", "sea"),
+    "a snowy landscape": ("place", "snow"), "a desert": ("place", "desert"), "a city": ("place", "city"),
+    "a daytime sky": ("sky", "day"), "an evening sky": ("sky", "sunset"), "a night sky": ("sky", "night"),
+    "fine weather": ("weather", "clear"), "rain": ("weather", "rain"), "falling snow": ("weather", "snowfall"),
+}  # fmt: skip
+_NUMBER_OF_PICTURES = {
+    "both pictures show ": 2, "each picture shows ": 2,
+    "exactly one picture shows ": 1, "only one of the pictures shows ": 1,
+    "neither picture shows ": 0, "none of the pictures shows ": 0,
+}  # fmt: skip
+
+
+def _shown(words: str, scene) -> bool:
+    if words in _WHOLE:
+        name, value = _WHOLE[words]
+        return getattr(scene, name) == value
+    exactly = words.startswith("exactly ")
+    phrase = words.removeprefix("exactly ").split()
+    noun, end = _noun(phrase, 0)
+    if end != len(phrase):
+        raise ValueError(f"not understood: {words!r}")
+    found = len(noun.matching(scene))
+    if not exactly and found > 1:
+        raise ValueError(f"{words!r} may be said of {found} or not")
+    return found == noun.number
+
+
+def statement_is_true(text: str, left, right) -> bool:
+    """Whether a statement holds of a left and a right picture. Raises ValueError where it is not understood."""
+    if match := re.fullmatch(r"the (left|right) picture shows (.+)", text):
+        return _shown(match[2], left if match[1] == "left" else right)
+    if match := re.fullmatch(r"in the (left|right) picture we see (.+)", text):
+        return _shown(match[2], left if match[1] == "left" else right)
+    if match := re.fullmatch(r"the (left|right) picture has more (\w+) than the (left|right) one", text):
+        if match[1] == match[3]:
+            raise ValueError(f"a picture set against itself: {text!r}")
+        more, fewer = (left, right) if match[1] == "left" else (right, left)
+        return _plural(more, match[2]) > _plural(fewer, match[2])
+    if match := re.fullmatch(r"there are more (\w+) in the (left|right) picture", text):
+        more, fewer = (left, right) if match[2] == "left" else (right, left)
+        return _plural(more, match[1]) > _plural(fewer, match[1])
+    if match := re.fullmatch(r"both pictures show the same (place|time of day)", text):
+        return (left.place == right.place) if match[1] == "place" else (left.sky == right.sky)
+    if match := re.fullmatch(r"the pictures show a different (place|time of day)", text):
+        return (left.place != right.place) if match[1] == "place" else (left.sky != right.sky)
+    for opening, number in _NUMBER_OF_PICTURES.items():
+        if text.startswith(opening):
+            words = text.removeprefix(opening)
+            return _shown(words, left) + _shown(words, right) == number
+    raise ValueError(f"not understood: {text!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,7 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minivlp.notebooks import ROOT, execute, files, lessons, students
-
-RUN = "import sys\nfrom pathlib import Path\nfrom minivlp.notebooks import execute\n"
+from minivlp.notebooks import ROOT, execute, files, lessons
 
 
 def store(path: Path, *cells: str | tuple[str, dict]) -> Path:
@@ -37,7 +36,7 @@ def tagged(*names: str) -> dict:
 
 LIVELY = (
     "# 01 · Lively",
-    "import sys, time\nfor i in range(4):\n    print(f'\\rstep {i}', end='', flush=True)\n    time.sleep(0.02)\nprint()",
+    "import time\nfor i in range(4):\n    print(f'\\rstep {i}', end='', flush=True)\n    time.sleep(0.02)\nprint()",
     "from IPython.display import display\nhandle = display({'text/plain': 'start'}, raw=True, display_id=True)\n"
     "handle.update({'text/plain': 'end'}, raw=True)",
     "print('out 1', flush=True)\nprint('out 2')",
@@ -154,7 +153,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 def test_lessons_run_on_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = store(tmp_path / "01_bad.ipynb", "## Start", "import nothing_of_that_name")
-    good = store(tmp_path / "02_good.ipynb", "## Start", "print('noise')", ("print('accuracy', 0.97)", tagged("headline")))
+    result = ("print('accuracy', 0.97)", tagged("headline"))
+    good = store(tmp_path / "02_good.ipynb", "## Start", "print('noise')", result)
     before = good.read_bytes()
     outcomes = execute.run_lessons([bad, good], target=tmp_path / "build")
     assert [(o.name, bool(o.error), o.headline) for o in outcomes] == [
@@ -181,7 +181,8 @@ def test_a_kernel_that_dies_and_one_that_hangs_are_named(tmp_path: Path) -> None
 
 def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
     mark = tmp_path / "started"
-    path = store(tmp_path / "01_long.ipynb", f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    source = f"import os, time\nopen({str(mark)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    path = store(tmp_path / "01_long.ipynb", source)
     before = path.read_bytes()
     command = [sys.executable, "-m", "minivlp.notebooks", "execute", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -194,6 +195,20 @@ def test_ctrl_c_stops_cleanly(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with pytest.raises(ProcessLookupError):  # the kernel is gone as well
         os.kill(int(mark.read_text()), 0)
+
+
+def test_nbval_runs_every_cell_and_compares_the_tagged_ones(tmp_path: Path) -> None:
+    checked, free = tagged("nbval-check-output"), {}
+    path = store(tmp_path / "01_a.ipynb", *(("print(1)", checked), ("print(2)", checked), ("print(3)", free), "1 / 0"))
+    notebook = files.read(path)
+    for count, text in enumerate(("1\n", "not 2\n", "not 3\n"), start=1):
+        cell = notebook.cells[count - 1]
+        cell.execution_count, cell.outputs = count, [new_output("stream", name="stdout", text=text)]
+    files.write(notebook, path)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "-v"]
+    done = subprocess.run([*command, path.name], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    verdicts = re.findall(r"::Cell \d (PASSED|FAILED)", done.stdout)
+    assert verdicts == ["PASSED", "FAILED", "PASSED", "FAILED"], done.stdout
 
 
 class Terminal(io.StringIO):
@@ -230,7 +245,7 @@ def test_lessons_by_name(tmp_path: Path) -> None:
     assert lessons(folder=tmp_path) == [first, second]
     assert lessons(["02", "01_vit"], folder=tmp_path) == [second, first]
     assert lessons([str(first)], folder=tmp_path / "elsewhere") == [first]
-    with pytest.raises(FileNotFoundError, match="No lesson is called '03'. There are: 01_vit, 02_clip"):
+    with pytest.raises(FileNotFoundError, match=r"No lesson is called '03'. There are: 01_vit, 02_clip\."):
         lessons(["03"], folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no lesson"):
         lessons(folder=tmp_path / "elsewhere")

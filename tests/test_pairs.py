@@ -189,8 +189,9 @@ def test_wrong_options(good_parquet, tmp_path):
     for options, message in (
         ({"n": 0}, "n=0"),
         ({"image_size": 0}, "image_size=0"),
-        ({"split": "tests", "cache_dir": tmp_path}, "no split 'tests': choose from train"),
-        ({"tier": "medium", "cache_dir": tmp_path}, "no tier 'medium': choose from easy, normal, hard"),
+        ({"split": "tests", "cache_dir": tmp_path}, "no split is called 'tests': choose from train"),
+        ({"split": "heldout_count", "tier": "easy", "cache_dir": tmp_path}, "no count can be withheld"),
+        ({"tier": "medium", "cache_dir": tmp_path}, "no tier is called 'medium': choose from easy, normal, hard"),
     ):
         with pytest.raises(DataError, match=message):
             load_pairs("picturebook", **options)
@@ -537,10 +538,32 @@ def test_cache_folder_from_the_environment(tmp_path, monkeypatch, no_warnings):
     assert len(files(tmp_path / "elsewhere")) == 1
 
 
-def test_preview_is_an_imagefolder_with_true_captions(no_warnings):
+def test_preview_in_the_repository_is_what_the_code_makes(no_warnings):
+    """If this fails after a change of the picture book: python -m minivlp.data.preview"""
+    from minivlp.data.picturebook.describe import captions
+    from minivlp.data.picturebook.draw import draw
+    from minivlp.data.preview import preview_scenes
+
     dataset = load_pairs(REPOSITORY / "data" / "preview", progress=False)
-    assert len(dataset) == 48 and all(len(texts) == 5 for texts in dataset["captions"])
-    assert (REPOSITORY / "data" / "contact_sheet.png").stat().st_size < 300_000
+    scenes = preview_scenes()
+    assert len(dataset) == len(scenes) == 48
+    assert dataset["captions"][:] == [captions(scene) for scene in scenes]
+    stored = to_tensors(dataset).images.float()
+    drawn = torch.stack([torch.from_numpy(np.array(draw(scene))) for scene in scenes]).permute(0, 3, 1, 2).float()
+    assert (stored - drawn).abs().mean(dim=(1, 2, 3)).max() < 2  # of 255; Pillow versions differ in single pixels
+    assert (drawn - drawn.roll(1, 0)).abs().mean() > 20  # and that is much less than two pictures differ
+
+
+def test_preview_can_be_made_anywhere(tmp_path, monkeypatch, capsys):
+    from minivlp.data import preview
+
+    monkeypatch.setattr(preview, "DEFAULT_FILE", tmp_path / "data" / "tokenizer.json")
+    preview.main()
+    assert files(tmp_path / "data") == ["contact_sheet.png", "preview", "tokenizer.json"]
+    assert len(load_pairs(tmp_path / "data" / "preview", progress=False)) == 48
+    assert (tmp_path / "data" / "contact_sheet.png").stat().st_size < 300_000
+    metadata = (tmp_path / "data" / "preview" / "metadata.jsonl").read_bytes()
+    assert metadata == (REPOSITORY / "data" / "preview" / "metadata.jsonl").read_bytes()
 
 
 # ---- tensors and batches ----

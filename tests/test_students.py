@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -23,9 +23,10 @@ def runnable(lesson: NotebookNode) -> NotebookNode:
     lesson.cells[1].source = "first = 1"
     lesson.cells[5].source = "shown = True"
     second = "def fourth(x):\n    ### BEGIN SOLUTION\n    return x / 4\n    ### END SOLUTION"
+    check = "assert fourth(8) == 2, 'fourth(8) must be 2'"
     lesson.cells += [
         new_code_cell(second, metadata=students.solution_metadata("tiny-2")),
-        new_code_cell("assert fourth(8) == 2, 'fourth(8) must be 2'", metadata=students.check_metadata("tiny-2-check", points=3)),
+        new_code_cell(check, metadata=students.check_metadata("tiny-2-check", points=3)),
     ]
     return lesson
 
@@ -78,7 +79,9 @@ def test_hidden_tests_are_taken_out_and_come_back_for_marking(solved: Path) -> N
     ],
     ids=["outside an exercise", "not closed", "grade_id twice", "no points"],
 )
-def test_a_lesson_that_would_leak_or_not_be_markable_is_refused(spoil, solved: Path) -> None:  # noqa: ANN001
+def test_a_lesson_that_would_leak_or_not_be_markable_is_refused(
+    spoil: Callable[[NotebookNode], object], solved: Path
+) -> None:
     lesson = files.read(solved)
     spoil(lesson)
     with pytest.raises(Exception, match=r"olution|grade|validate"):
@@ -110,13 +113,14 @@ def test_one_right_one_wrong_and_tampered_checks(solved: Path, tmp_path: Path) -
     handed_in.cells[EXERCISE + 2].source = "def fourth(x):\n    return x"
     handed_in.cells[EXERCISE + 3].source = "assert True"  # the check made easy
     handed_in.cells[EXERCISE + 3].metadata["tags"] = ["raises-exception"]
-    handed_in.cells.append(handed_in.cells[CHECK].copy())  # a check that is passed, twice
+    handed_in.cells.append({**handed_in.cells[CHECK], "id": "again"})  # a check that is passed, twice
     handed_in.cells.insert(2, new_code_cell("my_own = 'notes'"))
-    before = json.dumps(handed_in)
-    marks = students.mark(submit(handed_in, tmp_path), solved)
+    path = submit(nbformat.from_dict(handed_in), tmp_path)
+    before = path.read_bytes()
+    marks = students.mark(path, solved)
     assert points(marks) == {"tiny-1-check": 2.0, "tiny-2-check": 0.0} and len(marks) == 2
     assert "fourth(8) must be 2" in marks[1].error
-    assert json.dumps(handed_in) == before
+    assert path.read_bytes() == before
 
     students.write_marks(marks, tmp_path / "build" / "marks.csv")
     rows = list(csv.DictReader((tmp_path / "build" / "marks.csv").open(encoding="utf-8")))

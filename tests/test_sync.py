@@ -33,8 +33,7 @@ def test_definitions_come_with_decorators_docstrings_and_their_comments(clone: P
         "minivlp.more.one",
     ]
     assert found["minivlp.more.one"].text == (
-        "# Close by.\n# Two lines.\n@functools.cache\ndef one() -> int:\n"
-        '    """One."""\n    return 1  # a remark'
+        '# Close by.\n# Two lines.\n@functools.cache\ndef one() -> int:\n    """One."""\n    return 1  # a remark'
     )
     assert found["minivlp.layers.HALF_TURN"].text.startswith("# Half of a full turn")
 

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import LongTensor, Tensor
 
 from minivlp.data.errors import DataError, DataWarning
-from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, SIZES, SKIES, TIERS, WEATHERS, Scene
+from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, SIZES, SKIES, WEATHERS, Scene
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed, so that importing the package stays quick
     import datasets
@@ -70,9 +70,10 @@ def load_pairs(
       `caption` or `text`), or with parquet files; a split is a subfolder or the beginning of a file's name;
     - a parquet file with `image` and `captions`, `caption`, `text` or `caption_0`, `caption_1`...
 
-    `n` is the number of pictures from the start (the picture book's default: 20,000 in train, 1,000 elsewhere), and
-    `image_size` their side in pixels. Photos are cropped at the centre, transparency becomes white. The cache is
-    `cache_dir`, else the environment variable MINIVLP_CACHE, else ~/.cache/minivlp.
+    `n` is how many pictures to take from the start (the picture book draws that many, by default 20,000 in train and
+    1,000 elsewhere; other sources may have fewer), `image_size` their side in pixels. Photos are cropped at the
+    centre, transparency becomes white. The cache is `cache_dir`, else the environment variable MINIVLP_CACHE, else
+    ~/.cache/minivlp.
 
     Rows that cannot be used are left out, counted and named in one DataWarning. Raises DataError if none is left, or
     if the source, split or column does not exist.
@@ -218,12 +219,12 @@ class Batches:
 def _picturebook(
     split: str, *, tier: str, seed: int, n: int | None, image_size: int, cache: Path, progress: bool
 ) -> datasets.Dataset:
-    from minivlp.data.picturebook.sample import SPLITS
+    from minivlp.data.picturebook.sample import sample
 
-    if split not in SPLITS:
-        raise DataError(f"the picture book has no split {split!r}: choose from {', '.join(SPLITS)}")
-    if tier not in TIERS:
-        raise DataError(f"the picture book has no tier {tier!r}: choose from {', '.join(TIERS)}")
+    try:
+        sample(0, split=split, tier=tier, seed=seed)
+    except ValueError as error:  # its message says which splits and tiers there are
+        raise DataError(str(error)) from error
     count = n or DEFAULT_SIZES.get(split, OTHER_SIZE)
     stem = f"picturebook-{split}-{tier}-{image_size}px-seed{seed}-{_picturebook_version()}"
 
@@ -240,6 +241,8 @@ def _picturebook(
 
 
 def _draw_book(split: str, *, tier: str, seed: int, count: int, image_size: int, progress: bool) -> pa.Table:
+    from tqdm import tqdm
+
     from minivlp.data.picturebook.describe import captions
     from minivlp.data.picturebook.draw import draw_many
     from minivlp.data.picturebook.questions import questions
@@ -248,19 +251,22 @@ def _draw_book(split: str, *, tier: str, seed: int, count: int, image_size: int,
 
     # One more than is drawn: a "swapped" web caption describes the next picture.
     scenes = [sample(index, split=split, tier=tier, seed=seed) for index in range(count + 1)]
-    web = [web_caption(scene, other) for scene, other in itertools.pairwise(scenes)]
-    scenes.pop()
-    rows = {
-        "image": [{"bytes": png, "path": None} for png in draw_many(scenes, size=image_size, progress=progress)],
-        "captions": [captions(scene) for scene in scenes],
-        "scene": [scene.to_json() for scene in scenes],
-        "web_caption": [text for text, _ in web],
-        "web_noise": [noise for _, noise in web],
-        "questions": [
-            [{"question": q.question, "answer": q.answer, "type": q.type} for q in questions(scene)] for scene in scenes
-        ],
-    }
-    return _table(rows, _features(picturebook=True))
+    pictures = draw_many(scenes[:-1], size=image_size, progress=progress)
+    columns: dict[str, list[Any]] = {name: [] for name in _features(picturebook=True)}
+    pairs = tqdm(
+        itertools.pairwise(scenes), total=count, desc="describing", unit=" pictures", leave=False, disable=not progress
+    )
+    for png, (scene, following) in zip(pictures, pairs, strict=True):
+        columns["image"].append({"bytes": png, "path": None})
+        columns["captions"].append(captions(scene))
+        columns["scene"].append(scene.to_json())
+        text, noise = web_caption(scene, following)
+        columns["web_caption"].append(text)
+        columns["web_noise"].append(noise)
+        columns["questions"].append(
+            [{"question": item.question, "answer": item.answer, "type": item.type} for item in questions(scene)]
+        )
+    return _table(columns, _features(picturebook=True))
 
 
 def _picturebook_version() -> str:
@@ -302,11 +308,12 @@ def _flickr8k_from_hub(split: str) -> tuple[Iterator[pa.Table], list[str], int]:
 
 
 def _local(path: Path, split: str, *, n: int | None, image_size: int, progress: bool) -> datasets.Dataset:
+    import pyarrow
     import pyarrow.parquet as pq
 
     source = path.name or str(path)
-    files = _local_files(path, split)
     try:
+        files = _local_files(path, split)
         if files[0].suffix == ".jsonl":
             listed = _metadata_rows(files[0])
             rows, total = iter(listed), len(listed)
@@ -319,7 +326,7 @@ def _local(path: Path, split: str, *, n: int | None, image_size: int, progress: 
         table = _clean(rows, source=source, n=n, total=total, image_size=image_size, progress=progress)
     except DataError:
         raise
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are among these
+    except (OSError, UnicodeDecodeError, KeyError, pyarrow.ArrowException) as error:
         raise DataError(f"{source} cannot be read ({error}): is it complete, and may you read it?") from error
     return _dataset(table, _features())
 
@@ -329,10 +336,7 @@ def _local_files(path: Path, split: str) -> list[Path]:
     if path.is_file() and (path.suffix == ".parquet" or path.name == "metadata.jsonl"):
         sets = {"train": [path]}
     elif path.is_dir():
-        try:
-            sets = _splits_of(path)
-        except OSError as error:
-            raise DataError(f"{path.name} cannot be read ({error.strerror}): check its permissions") from error
+        sets = _splits_of(path)
     else:
         raise DataError(f"there is no source {str(path)!r}: give {ACCEPTED}")
     if not sets:
@@ -621,7 +625,7 @@ def _read_cache(path: Path, *, rows: int | None = None) -> pa.Table | None:
     except (OSError, pyarrow.ArrowException):
         table = None
     if table is None or not table.num_rows or rows not in (None, table.num_rows):
-        warnings.warn(f"the cached file {path.name} is damaged and is made again", DataWarning, stacklevel=5)
+        warnings.warn(f"the cached file {path.name} is damaged and is made again", DataWarning, stacklevel=4)
         return None
     return table
 
@@ -643,7 +647,7 @@ def _write_cache(table: pa.Table, path: Path) -> None:
             f"the pictures cannot be cached in {path.parent} ({error.strerror or error}), so they stay in memory and "
             "are made again next time: set MINIVLP_CACHE to a folder that can be written to",
             DataWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     finally:
         if temporary.exists():

@@ -232,7 +232,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[LongTensor, Tensor]
 
 
 def picturebook_texts(pictures: int = 3000) -> list[str]:
-    """What the default tokenizer learns from: captions, questions and answers of training scenes, which are not drawn."""
+    """What the default tokenizer learns from: captions, questions and answers of training scenes, not drawn."""
     from minivlp.data.picturebook.describe import captions
     from minivlp.data.picturebook.questions import questions
     from minivlp.data.picturebook.sample import sample

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 import minivlp
 from minivlp.data import Batches, PairTensors, load_pairs, to_tensors
-from minivlp.data.picturebook.world import KINDS
+from minivlp.data.picturebook.world import COLOURS, KINDS
 from minivlp.evaluate import accuracy, k_per_class, predict, ridge_probe
 from minivlp.models.cnn import ResNetConfig, SmallResNet
 from minivlp.models.vit import ViT, ViTConfig, at_resolution
 from minivlp.train import History, TrainingDiverged, fit
 
 NAME = "01_vit"
-CHECKPOINT = "vit"  # the main run's model of the first seed is kept under this name, for the later lessons
+# name of the kept weights -> (experiment, arm), of the first seed; later lessons start from them
+CHECKPOINTS = {"vit": ("main", "ViT"), "vit_kind_and_colour": ("labels", "kind and colour")}
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Recipe:
 
     model: ViTConfig | ResNetConfig = ViTConfig()
     tier: str = "easy"
-    task: str = "kind"  # "kind" of the object, or "swap": are the two halves of the picture exchanged?
+    task: str = "kind"  # "kind" of the object; "kind and colour"; "swap": are the picture's two halves exchanged?
     train_size: int = 12_000
-    steps: int = 900
+    steps: int = 600
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
+    probe: bool = False  # also fit few-shot classifiers to the frozen features
     fine_tune: int = 0  # steps at 96 pixels after the run, with and without interpolated positions
 
 
@@ -50,8 +52,12 @@ class Run:
     metrics: dict[str, float]
 
 
-MAIN = Recipe(fine_tune=60)
-SHORT = replace(MAIN, steps=400, fine_tune=0)
+MAIN = Recipe(probe=True, fine_tune=60)
+SHORT = replace(MAIN, tier="normal", train_size=6_000, steps=400, probe=False, fine_tune=0)  # for the comparisons
+SWAP = replace(SHORT, tier="easy", steps=200, task="swap", model=replace(MAIN.model, num_classes=2))
+RATES = (3e-4, 1e-3, 3e-3)
+LOW_RATES = (1e-4, 3e-4, 1e-3)
+DATA_SIZES = (250, 1000, 4000, 12_000)
 
 
 def vit(**changes: object) -> ViTConfig:
@@ -61,33 +67,35 @@ def vit(**changes: object) -> ViTConfig:
 # experiment -> arm -> recipe
 EXPERIMENTS: dict[str, dict[str, Recipe]] = {
     "main": {"ViT": MAIN},
-    "pooling": {
-        f"{pool} {lr:.0e}": replace(SHORT, model=vit(pool=pool), lr=lr)
-        for pool in ("cls", "mean")
-        for lr in (3e-4, 1e-3, 3e-3)
+    "positions, swap task": {
+        kind: replace(SWAP, model=replace(SWAP.model, position=kind)) for kind in ("none", "1d", "2d")
     },
     "positions": {kind: replace(SHORT, model=vit(position=kind)) for kind in ("none", "1d", "2d")},
-    "positions, swap task": {
-        kind: replace(SHORT, model=vit(position=kind, num_classes=2), task="swap") for kind in ("none", "1d", "2d")
-    },
-    "norm": {
-        f"{norm}-norm, {'warm-up' if warmup else 'no warm-up'}": replace(
-            SHORT, model=vit(norm=norm, depth=12, width=64), warmup=warmup, lr=3e-3
+    "labels": {
+        "kind and colour": replace(
+            MAIN, fine_tune=0, task="kind and colour", model=vit(num_classes=len(KINDS) * len(COLOURS))
         )
+    },
+    "pooling": {
+        f"{pool} {lr:.0e}": replace(SHORT, model=vit(pool=pool), lr=lr) for pool in ("cls", "mean") for lr in RATES
+    },
+    # deeper and thinner than the rest: with four blocks almost anything trains
+    "norm": {
+        f"{norm} {lr:.0e}": replace(SHORT, tier="easy", steps=240, model=vit(norm=norm, depth=12, width=64), lr=lr)
         for norm in ("pre", "post")
-        for warmup in (0.1, 0.0)
+        for lr in LOW_RATES
+    },
+    "shape": {
+        "4 blocks, width 128": SHORT,
+        "8 blocks, width 128": replace(SHORT, model=vit(depth=8)),
+        "4 blocks, width 180": replace(SHORT, model=vit(width=180)),
     },
     "data": {
-        f"{name} {size}": replace(SHORT, model=model, train_size=size, tier="normal")
+        f"{name} {size}": replace(SHORT, model=model, train_size=size)
         for name, model in (("ViT", ViTConfig()), ("CNN", ResNetConfig()))
-        for size in (250, 1000, 4000, 16_000)
+        for size in DATA_SIZES
     },
-    "patch": {f"P={p}": replace(SHORT, model=vit(patch_size=p), tier="normal") for p in (16, 8, 4)},
-    "shape": {
-        "base": SHORT,
-        "twice as deep": replace(SHORT, model=vit(depth=8)),
-        "as many parameters, wider": replace(SHORT, model=vit(width=180)),
-    },
+    "patch": {f"P={p}": replace(SHORT, steps=200, model=vit(patch_size=p)) for p in (16, 8, 4)},
 }
 
 
@@ -97,8 +105,11 @@ def build(config: ViTConfig | ResNetConfig) -> nn.Module:
 
 @lru_cache(maxsize=8)
 def pictures(split: str, *, tier: str, n: int, image_size: int = 64) -> PairTensors:
-    """Pictures with exactly one kind of object in them, in memory."""
-    return to_tensors(load_pairs("picturebook", split, tier=tier, n=n, image_size=image_size))
+    """`n` pictures with exactly one thing in them, in memory. On the easy tier that is all of them."""
+    drawn = n if tier == "easy" else 3 * n  # about two in five pictures of the normal tier show one thing
+    data = to_tensors(load_pairs("picturebook", split, tier=tier, n=drawn, image_size=image_size))
+    single = [i for i, scene in enumerate(data.scenes) if len(scene.things) == 1]
+    return data.subset(single[:n])
 
 
 def swap_halves(images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +126,8 @@ def examples(split: str, recipe: Recipe, *, n: int) -> tuple[Tensor, Tensor]:
     data = pictures(split, tier=recipe.tier, n=n)
     if recipe.task == "swap":
         return swap_halves(data.images, seed=len(split))
-    return data.images, data.labels("kind")[0]
+    kind = data.labels("kind")[0]
+    return data.images, kind if recipe.task == "kind" else kind * len(COLOURS) + data.labels("colour")[0]
 
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -148,8 +160,10 @@ def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None
     except TrainingDiverged as error:  # a result like any other: chance accuracy and a curve that ends early
         return Run(error.model, error.history, {"test accuracy": 1 / recipe.model.num_classes, "diverged": 1.0})
     metrics = {"test accuracy": test_accuracy(model, "test", recipe)}
+    if recipe.probe:
+        metrics |= few_shot(model, recipe)
     if recipe.fine_tune:
-        metrics |= shifts(model, recipe) | few_shot(model, recipe) | resolutions(model, recipe, seed=seed)
+        metrics |= shifts(model, recipe) | resolutions(model, recipe, seed=seed)
     return Run(model, history, metrics)
 
 

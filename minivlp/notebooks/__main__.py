@@ -51,7 +51,10 @@ def _check(args: argparse.Namespace) -> int:
     found = {path.stem: guards.check(path) for path in lessons(args.names)}
     found["all lessons"] = sync.check_homes({path.stem: files.read(path) for path in lessons()})
     found["links"] = [f"Out of line: {text}. Run `make links`." for text in links.link_all(ROOT, dry=True)]
-    return _problems(found)
+    status = _problems(found)
+    if not status:
+        print("No problems.")
+    return status
 
 
 def _problems(found: dict[str, list[str]]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -150,8 +150,9 @@ def execute(
     )
     client.progress = progress
     heading = ""
-    quiet = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # the debugger's remarks on start-up
-    with client.setup_kernel(cleanup_kc=True, env=quiet):
+    # What the kernel process itself writes to the terminal (remarks on start-up and on being stopped) is no output of
+    # the lesson and would tear the progress line; what cells write arrives as messages.
+    with client.setup_kernel(cleanup_kc=True, stderr=subprocess.DEVNULL):
         for index, cell in enumerate(notebook.cells):
             if cell.cell_type == "markdown":
                 heading = _heading(cell.source) or heading

@@ -145,8 +145,8 @@ def link_text(text: str, where: Address, old: set[str]) -> str:
         ours = rf"{re.escape(slug)}(?![\w-])"
         text = re.sub(rf"https://github\.com/{ours}", where.repository, text)
         text = re.sub(rf"https://raw\.githubusercontent\.com/{ours}/[\w.-]+", f"{RAW}/{where.slug}/{where.ref}", text)
-    text = re.sub(rf"{re.escape(where.repository)}/(blob|tree|raw)/[\w.-]+", rf"{where.repository}/\1/{where.ref}", text)
-    return text
+    at_a_ref = rf"{re.escape(where.repository)}/(blob|tree|raw)/[\w.-]+"
+    return re.sub(at_a_ref, rf"{where.repository}/\1/{where.ref}", text)
 
 
 def link_all(root: Path = ROOT, *, dry: bool = False) -> list[str]:

@@ -145,9 +145,9 @@ def mark(path: Path, lesson: Path, *, timeout: float = MARK_TIMEOUT) -> list[Mar
     for cell in notebook.cells:
         if _is(cell, "grade"):
             possible = float(cell.metadata["nbgrader"]["points"])
-            errors = [f"{o.ename}: {o.evalue}".splitlines()[0] for o in cell.outputs if o.output_type == "error"]
+            errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             ran = cell.execution_count is not None
-            error = errors[0] if errors else "" if ran else "The cell never ran."
+            error = errors[0].splitlines()[0].rstrip(": ") if errors else "" if ran else "The cell never ran."
             marks.append(Mark(name, lesson.stem, _grade_id(cell), 0.0 if error else possible, possible, error))
     return marks
 

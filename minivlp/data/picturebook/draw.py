@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import io
 import math
+import multiprocessing
+import os
 import random
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import repeat
+from functools import cache, lru_cache
+from itertools import pairwise, repeat
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,11 +28,13 @@ from tqdm import tqdm
 
 from minivlp.data.picturebook.world import CANVAS, COLOURS, Scene, Thing
 
+T = TypeVar("T")
 RGB = tuple[int, int, int]
 Points = np.ndarray  # (n, 2), x to the right and y down
 
 OVERSAMPLING = 4
-POOL_PAYS_FROM = 1000  # pictures: below that, starting processes takes longer than drawing
+POOL_PAYS_FROM = 1000  # pictures: below that, starting processes takes longer than it saves
+MOST_WORKERS = 8
 
 INK = (46, 40, 54)
 HALO = (255, 252, 244)
@@ -250,7 +258,7 @@ def _bird() -> list[Shape]:
 
 
 def _balloon() -> list[Shape]:
-    string = [(0, 0.48), (0.12, 0.6), (-0.1, 0.78), (0.06, 0.96)]
+    string = [(0, 0.46), (0.12, 0.58), (-0.1, 0.74), (0.05, 0.9)]
     return [
         Shape(stroke(string, 0.17), HALO, False),
         Shape(stroke(string, 0.08), INK, False),
@@ -279,7 +287,7 @@ def _flower() -> list[Shape]:
 def _umbrella() -> list[Shape]:
     dome = [(-0.95 * math.cos(a), 0.1 - 0.95 * math.sin(a)) for a in np.linspace(0, math.pi, 24)]
     tips = [(0.95, 0.1), (0.32, 0.1), (-0.32, 0.1), (-0.95, 0.1)]
-    hem = [_arc(a, ((a[0] + b[0]) / 2, -0.1), b) for a, b in zip(tips, tips[1:], strict=False)]
+    hem = [_arc(a, ((a[0] + b[0]) / 2, -0.1), b) for a, b in pairwise(tips)]
     left, right = _arc(tips[2], (-0.3, -0.55), (0, -0.85)), _arc((0, -0.85), (0.3, -0.55), tips[1])
     return [
         Shape(stroke([(0, -0.96), (0, -0.6)], 0.1), INK),
@@ -335,7 +343,7 @@ def mix(a: Sequence[int], b: Sequence[int], share: float) -> RGB:
     return tuple(round(p + (q - p) * share) for p, q in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _paints(colour: str) -> dict[str, RGB]:
     own = COLOURS[colour]
     black = colour == "black"
@@ -365,7 +373,15 @@ HANDS = {
 }
 
 
-def _paint_thing(canvas: ImageDraw.ImageDraw, thing: Thing, hand: Hand, scale: float, rng: random.Random) -> None:
+def _paint_thing(
+    canvas: ImageDraw.ImageDraw,
+    thing: Thing,
+    hand: Hand,
+    scale: float,
+    rng: random.Random,
+    stencil: ImageDraw.ImageDraw | None,
+) -> None:
+    """One thing with its outline and halo. Its figure, outline included, goes onto the stencil too."""
     half = thing.side / 2
     # About 1.2 canvas units in print, a little less on small things; in steps, so that grown shapes are reused.
     line = round((0.55 + 0.018 * thing.side) / half, 2)
@@ -376,18 +392,21 @@ def _paint_thing(canvas: ImageDraw.ImageDraw, thing: Thing, hand: Hand, scale: f
     to, centre = half * scale, np.array([thing.x, thing.y]) * scale
     phase = np.array([rng.random(), rng.random()]) * 2 * math.pi if hand.wobble else None
 
-    def fill(points: Points, colour: RGB) -> None:
+    def corners(points: Points) -> list[float]:
         if phase is not None:  # one smooth warp for the whole figure, so that its parts stay together
             points = points + hand.wobble * np.sin(4.5 * points[:, ::-1] + phase)
-        canvas.polygon((points * to + centre).ravel().tolist(), fill=colour)
+        return (points * to + centre).ravel().tolist()
 
     for points in halo:
-        fill(points, hand.halo)
+        canvas.polygon(corners(points), fill=hand.halo)
     for points in outline:
-        fill(points, ink)
+        canvas.polygon(corners(points), fill=ink)
+        if stencil is not None:
+            stencil.polygon(corners(points), fill=255)
     for shape in FIGURES[thing.kind]:
         paint = shape.paint
-        fill(shape.points, paint if not isinstance(paint, str) else inner if paint == "line" else paints[paint])
+        colour = paint if not isinstance(paint, str) else inner if paint == "line" else paints[paint]
+        canvas.polygon(corners(shape.points), fill=colour)
 
 
 # ---- backgrounds: paler than the things, so that the things stand out ----
@@ -512,70 +531,78 @@ def _background(place: str, sky: str, overcast: bool, size: int) -> Image.Image:
     return image
 
 
-def _paint_weather(image: Image.Image, scene: Scene, scale: float, rng: random.Random) -> None:
-    """Clouds, rain or snow behind the things. Each picture has its own."""
+def _paint_weather(
+    canvas: ImageDraw.ImageDraw, scene: Scene, scale: float, rng: random.Random, stencil: ImageDraw.ImageDraw | None
+) -> None:
+    """Clouds, rain or snow behind the things. Each picture has its own. Drops and flakes go onto the stencil too."""
     if scene.weather == "clear":
         return
-    canvas = ImageDraw.Draw(image)
-    shade = {"cloudy": (250, 250, 252), "rain": (138, 146, 164), "snowfall": (226, 230, 238)}[scene.weather]
-    shade = _lit(shade, scene.sky)
-    for x in (8, 31, 54) if scene.weather == "cloudy" else (4, 24, 44, 62):
-        x, y = x + 8 * rng.random() - 4, (9 if scene.weather == "cloudy" else 4) + 5 * rng.random() - 2
-        for dx, dy, rx, ry in ((-6, 1.4, 5, 3), (6, 1.4, 5, 3), (-2, -1, 5, 4.2), (3, -0.4, 4.4, 3.6), (0, 2, 8, 2.8)):
+    cloudy = scene.weather == "cloudy"
+    shade = _lit(
+        {"cloudy": (250, 250, 252), "rain": (138, 146, 164), "snowfall": (226, 230, 238)}[scene.weather], scene.sky
+    )
+    puffs = ((-6, 1.4, 5, 3), (6, 1.4, 5, 3), (-2, -1, 5, 4.2), (3, -0.4, 4.4, 3.6), (0, 2, 8, 2.8))
+    for column in (8, 31, 54) if cloudy else (4, 24, 44, 62):
+        x, y = column + 8 * rng.random() - 4, (7 if cloudy else 2) + 5 * rng.random()
+        for dx, dy, rx, ry in puffs:
             corners = (x + dx - rx, y + dy - ry, x + dx + rx, y + dy + ry)
             canvas.ellipse([corner * scale for corner in corners], fill=shade)
-    if scene.weather == "rain":
-        drop = {"day": (92, 122, 176), "sunset": (104, 104, 156), "night": (170, 184, 228)}[scene.sky]
-        for row in range(6):
-            for column in range(7):
-                x, y = 10 * column + 9 * rng.random() - 2, 9 + 9 * row + 6 * rng.random()
-                ends = [x * scale, y * scale, (x - 1.8) * scale, (y + 5.4) * scale]
-                canvas.line(ends, fill=drop, width=round(0.8 * scale))
-    elif scene.weather == "snowfall":
-        flake = (255, 255, 255) if scene.sky != "night" else (226, 230, 246)
-        for row in range(7):
-            for column in range(7):
-                x, y, r = 9.5 * column + 8 * rng.random() - 1, 2 + 9 * row + 7 * rng.random(), 0.8 + 0.5 * rng.random()
-                canvas.ellipse([(x - r) * scale, (y - r) * scale, (x + r) * scale, (y + r) * scale], fill=flake)
+    if cloudy:
+        return
+    chalk = scene.style == "chalk"
+    drop = (
+        (212, 226, 246)
+        if chalk
+        else {"day": (92, 122, 176), "sunset": (104, 104, 156), "night": (170, 184, 228)}[scene.sky]
+    )
+    flake = (226, 230, 246) if scene.sky == "night" else (255, 255, 255)
+    for row in range(6 if scene.weather == "rain" else 7):
+        for column in range(7):
+            # One in each cell of a loose grid: even enough that no thing hides the weather.
+            x, y = 9.6 * column + 8.5 * rng.random() - 1, 9 * row + 7 * rng.random()
+            r = 0.8 + 0.5 * rng.random()
+            for on, drop_fill, flake_fill in ((canvas, drop, flake), (stencil, 255, 255)):
+                if on is None:
+                    continue
+                if scene.weather == "rain":
+                    ends = (x, y + 8, x - 1.8, y + 13.4)
+                    on.line([end * scale for end in ends], fill=drop_fill, width=round(0.8 * scale))
+                else:
+                    corners = (x - r, y + 2 - r, x + r, y + 2 + r)
+                    on.ellipse([corner * scale for corner in corners], fill=flake_fill)
 
 
 # ---- other styles: the same picture, rubbed onto paper or a board ----
 
 
 @lru_cache(maxsize=16)
-def _hatching(size: int, gap: float, weight: float, floor: int, falling: bool) -> Image.Image:
-    """A mask (L) of slanted strokes, `gap` canvas units apart and `weight` wide, with the grain of the paper. Between
-    the strokes it is `floor` of 255."""
+def _hatching(size: int, slope: float, gap: float, levels: tuple[int, int]) -> Image.Image:
+    """A mask (L) of strokes that fall by `slope`, `gap` canvas units apart, with the grain of the paper. `levels` are
+    how much shows between the strokes and under them, of 255."""
     pixels = size * OVERSAMPLING
     scale = pixels / CANVAS
     rng = np.random.default_rng(0)
-    mask = Image.new("L", (pixels, pixels), floor)
+    mask = Image.new("L", (pixels, pixels), levels[0])
     canvas = ImageDraw.Draw(mask)
-    slant = CANVAS * 0.7
-    for x in np.arange(-slant, CANVAS + slant, gap):
-        start, end = x + rng.uniform(-0.3, 0.3, 2) * gap
-        ends = [start, -1, end + slant, CANVAS + 1] if falling else [start, CANVAS + 1, end + slant, -1]
-        canvas.line([v * scale for v in ends], fill=int(rng.uniform(215, 256)), width=max(1, round(weight * scale)))
-    grain = rng.normal(0, 26, (size * 2, size * 2))
-    grain = np.asarray(Image.fromarray(grain.astype(np.float32)).resize((pixels, pixels)))
+    fall = CANVAS * slope
+    for y in np.arange(-abs(fall), CANVAS + abs(fall), gap):
+        start, end = y + rng.uniform(-0.35, 0.35, 2) * gap
+        width = gap * rng.uniform(0.55, 0.85) * math.hypot(1, slope)
+        ends = [-1, start * scale, (CANVAS + 1) * scale, (end + fall) * scale]
+        canvas.line(ends, fill=levels[1], width=max(1, round(width * scale)))
+    grain = rng.normal(0, 30, (size * 2, size * 2)).astype(np.float32)
+    grain = np.asarray(Image.fromarray(grain).resize((pixels, pixels)))
     return Image.fromarray(np.clip(np.asarray(mask) + grain, 0, 255).astype(np.uint8))
 
 
-def _rub(image: Image.Image, scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    """The things painted on a background, then all of it hatched: densely where things are, loosely elsewhere."""
-    chalk = scene.style == "chalk"
-    scale = size * OVERSAMPLING / CANVAS
-    canvas = ImageDraw.Draw(image)
-    where = Image.new("L", image.size, 0)
-    stencil = ImageDraw.Draw(where)
-    for thing in scene.things:
-        _paint_thing(canvas, thing, HANDS[scene.style], scale, rng)
-        for points in _layers(thing.kind, round(1.2 / thing.side, 2))[1]:
-            stencil.polygon((points * (thing.side / 2 * scale) + (thing.x * scale, thing.y * scale)).ravel().tolist(), 255)
-    loose = _hatching(size, 4.2, 2.4, 60 if chalk else 90, False)
-    dense = _hatching(size, 3.0, 2.3, 150, True)
+def _rub(image: Image.Image, stencil: Image.Image, style: str, size: int) -> Image.Image:
+    """The picture hatched onto its ground: densely where the stencil is set, loosely elsewhere."""
+    chalk = style == "chalk"
+    # Strokes across, so that they are not taken for rain; over the things they slant.
+    loose = _hatching(size, 0.08, 3.4, (60, 175) if chalk else (90, 225))
+    dense = _hatching(size, -0.9, 3.2, (120, 225) if chalk else (150, 245))
     ground = Image.new("RGB", image.size, BOARD if chalk else PAPER)
-    return Image.composite(image, ground, Image.composite(dense, loose, where))
+    return Image.composite(image, ground, Image.composite(dense, loose, stencil))
 
 
 def draw(scene: Scene, *, size: int = 64) -> Image.Image:
@@ -585,13 +612,15 @@ def draw(scene: Scene, *, size: int = 64) -> Image.Image:
     scale = size * OVERSAMPLING / CANVAS
     rng = random.Random(f"{scene.seed}/{scene.split}/{scene.tier}/{scene.index}/draw")
     image = _background(scene.place, scene.sky, scene.weather != "clear", size).copy()
-    _paint_weather(image, scene, scale, rng)
-    if scene.style == "plain":
-        canvas = ImageDraw.Draw(image)
-        for thing in scene.things:
-            _paint_thing(canvas, thing, HANDS["plain"], scale, rng)
-    else:
-        image = _rub(image, scene, size, rng)
+    canvas = ImageDraw.Draw(image)
+    plain = scene.style == "plain"
+    mask = None if plain else Image.new("L", image.size, 0)
+    stencil = None if plain else ImageDraw.Draw(mask)
+    _paint_weather(canvas, scene, scale, rng, stencil)
+    for thing in scene.things:
+        _paint_thing(canvas, thing, HANDS[scene.style], scale, rng, stencil)
+    if not plain:
+        image = _rub(image, mask, scene.style, size)
     return image.reduce(OVERSAMPLING)
 
 
@@ -604,6 +633,43 @@ def _png(scene: Scene, size: int) -> bytes:
 def draw_many(
     scenes: Iterable[Scene], *, size: int = 64, workers: int | None = None, progress: bool = True
 ) -> list[bytes]:
-    """Paint many scenes: a list of PNG files as bytes, in the order of the scenes."""
+    """Paint many scenes: a list of PNG files as bytes, in the order of the scenes.
+
+    `workers` is the number of processes. Left out, it is the number of free cores where that pays: for a thousand
+    scenes and more on Linux, where a process starts at once; elsewhere each would first import what this one has
+    imported, which takes longer than it saves. If processes cannot be started, all is painted in this one.
+    """
     scenes = list(scenes)
-    return [_png(scene, size) for scene in tqdm(scenes, desc="drawing", unit="picture", leave=False, disable=not progress)]
+    if workers is None:
+        pays = sys.platform == "linux" and len(scenes) >= POOL_PAYS_FROM
+        workers = min(_cores(), MOST_WORKERS) if pays else 1
+    if workers > 1 and not multiprocessing.current_process().daemon:  # a daemon may not start processes
+        try:
+            return _draw_in_pool(scenes, size, workers, progress)
+        # A sandbox without semaphores or processes, or a script that spawns without a __main__ guard.
+        except (OSError, ImportError, NotImplementedError, BrokenProcessPool):
+            pass
+    return [_png(scene, size) for scene in _bar(scenes, len(scenes), progress)]
+
+
+def _draw_in_pool(scenes: Sequence[Scene], size: int, workers: int, progress: bool) -> list[bytes]:
+    with warnings.catch_warnings():
+        # Python warns of forking beside threads, as torch and notebooks have them. These workers use none of theirs.
+        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        pool = ProcessPoolExecutor(workers, mp_context=context)
+        try:
+            chunk = max(1, min(100, len(scenes) // (4 * workers)))
+            pictures = pool.map(_png, scenes, repeat(size), chunksize=chunk)
+            return list(_bar(pictures, len(scenes), progress))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # an interrupted drawing does not go on unseen
+
+
+def _bar(items: Iterable[T], total: int, progress: bool) -> Iterable[T]:
+    return tqdm(items, total=total, desc="drawing", unit=" pictures", leave=False, disable=not progress)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

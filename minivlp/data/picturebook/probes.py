@@ -6,13 +6,14 @@ two swap probes use the same words in another order, so that a bag of words scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from minivlp.data.picturebook.describe import Claim, Noun, claim_of, pick, say, shuffled, stream
+from minivlp.data.picturebook.claims import Claim, Noun, claim_of, pick, say, shuffled, stream
 from minivlp.data.picturebook.sample import HELD_OUT_COLOUR, HELD_OUT_COUNT, relations, sample
 from minivlp.data.picturebook.world import KINDS, Scene
 
+SIDES = ("left of", "right of", "above", "below")
 PROBES = ("attribute_swap", "order_swap", "replaced", "count")
 
 _FIRST = 1_000_000_000  # beyond every index that a split is read at
@@ -47,11 +48,6 @@ def probe(index: int, kind: str, *, seed: int = 0) -> Probe:
             said_a, said_b = (say(claim, stream(base, "probe"), plain=True) for claim in (claim_a, claim_b))
             return Probe(kind, base, scene_b, said_a, said_b)
     raise RuntimeError(f"no scene for a {kind} probe among {_TRIES}: has the sampler changed?")
-
-
-def probes(kind: str, *, count: int = 200, seed: int = 0) -> Iterator[Probe]:
-    """The first `count` probes of a kind."""
-    return (probe(index, kind, seed=seed) for index in range(count))
 
 
 Made = tuple[Scene, Claim, Claim]
@@ -136,7 +132,7 @@ def _withheld(*kinds_and_colours: str) -> bool:
 def _where(scene: Scene, *, always: bool = False) -> tuple[tuple[int, str, int], ...]:
     """A relation from the first thing to the second that turns round when they change places, half of the time."""
     rng = stream(scene, "where")
-    possible = [fact for fact in relations(scene) if fact[0] == 0 and fact[1] in ("left of", "right of", "above", "below")]
+    possible = [fact for fact in relations(scene) if fact[0] == 0 and fact[1] in SIDES]
     return (pick(possible, rng),) if possible and (always or rng.random() < 0.5) else ()
 
 

@@ -9,10 +9,10 @@ is more common than four) are asked for less often, so that each type's answers 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from minivlp.data.picturebook.describe import (
+from minivlp.data.picturebook.claims import (
     KIND_WORDS,
     NUMBERS,
     PLACE_WORDS,
@@ -23,21 +23,31 @@ from minivlp.data.picturebook.describe import (
     stream,
     with_article,
 )
-from minivlp.data.picturebook.sample import HELD_OUT_COLOUR, SPLITS, relations, sample
+from minivlp.data.picturebook.sample import (
+    EASY_WEATHER_SHARES,
+    HELD_OUT_COLOUR,
+    SKY_SHARES,
+    SPLITS,
+    WEATHER_SHARES,
+    relations,
+    sample,
+)
 from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, SIZES, SKIES, WEATHERS, Scene
 
 QUESTION_TYPES = ("kind", "colour", "size", "count", "place", "sky", "weather", "relation", "exists", "compare")
 SIDES = ("left", "right", "above", "below")
 ANSWERS = ("yes", "no", *KINDS, *COLOURS, *SIZES, *NUMBERS, *PLACES, *SKIES, *WEATHERS, *SIDES)
 
-# How often a question with this answer is kept, where the world itself is uneven.
-ASK_ZERO = 0.2
-KEEP: dict[str, dict[str, float]] = {}
+# What share of the "how many" questions ask for something that is not there, and how many of the others are kept, by
+# tier and answer: chosen so that zero, one, two, three and four come out about equally often.
+ASK_FOR_NONE = {"easy": 0.5, "normal": 0.05, "hard": 0.07}
+KEEP_COUNT = {"easy": {}, "normal": {"one": 0.06}, "hard": {"one": 0.09, "three": 0.65, "four": 0.65}}
 
-SIGHTS = ("is there {}?", "can you see {}?", "does the picture show {}?")
+SIGHTS = ("is there {}?", "can you see {}?", "do you see {}?", "does the picture show {}?")
+PLACE_QUESTIONS = {place: tuple(f"is this {words}?" for words in PLACE_WORDS[place]) for place in PLACES}
 SKY_QUESTIONS = {
-    "day": ("is it day?", "is it light outside?"),
-    "sunset": ("is the sun going down?", "is it sunset?"),
+    "day": ("is it day?", "is it daytime?"),
+    "sunset": ("is it sunset?", "is it evening?"),
     "night": ("is it night?", "is it dark outside?"),
 }
 WEATHER_QUESTIONS = {
@@ -80,10 +90,21 @@ def names(scene: Scene) -> list[str | None]:
 def questions(scene: Scene) -> list[Question]:
     """Questions on one scene, at most two of a type, the same ones at every call."""
     rng = stream(scene, "questions")
-    asked = [*_about_things(scene, rng), *_about_the_whole(scene, rng)]
-    kept = [q for q in asked if rng.random() < KEEP.get(q.type, {}).get(q.answer, 1.0)]
-    # These come in pairs with opposite answers, which nothing may break.
-    return kept + [*_about_two(scene, rng), *_exists(scene, rng)]
+    return [
+        *_about_things(scene, rng),
+        *_about_the_whole(scene, rng),
+        *_about_two(scene, rng),
+        *_exists(scene, rng),
+    ]
+
+
+def _kept(shares: Mapping[str, float], answer: str, rng: random.Random) -> bool:
+    """Whether to ask for this answer, so that all answers are asked for as often as the rarest is shown."""
+    return rng.random() < min(shares.values()) / shares[answer]
+
+
+def _weather_shares(scene: Scene) -> Mapping[str, float]:
+    return EASY_WEATHER_SHARES if scene.tier == "easy" else WEATHER_SHARES
 
 
 def _about_things(scene: Scene, rng: random.Random) -> Iterator[Question]:
@@ -94,37 +115,47 @@ def _about_things(scene: Scene, rng: random.Random) -> Iterator[Question]:
     alike = [other for other in things if other.kind == thing.kind]
 
     if len(things) == 1 and rng.random() < 0.5:
-        yield Question(pick(("what is in the picture?", "what do you see?", "what is this?"), rng), thing.kind, "kind")
+        yield Question(
+            pick(("what is in the picture?", "what do you see?", "what is this?", "what object is shown?"), rng),
+            thing.kind,
+            "kind",
+        )
     elif sum(other.colour == thing.colour for other in things) == 1:
         yield Question(f"what is the {thing.colour} thing?", thing.kind, "kind")
 
     if len({other.colour for other in alike}) == 1:
         verb = "is" if len(alike) == 1 else "are"
         plural = KIND_WORDS[thing.kind][0][len(alike) != 1]
-        yield Question(f"what colour {verb} the {plural}?", thing.colour, "colour")
+        have = "does" if len(alike) == 1 else "do"
+        forms = (f"what colour {verb} the {plural}?", f"which colour {have} the {plural} have?")
+        yield Question(pick(forms, rng), thing.colour, "colour")
 
-    if called[i] is not None:
+    if called[i] is not None and scene.tier != "easy":  # where everything is big there is nothing to ask
         first, second = shuffled(SIZES, rng)
-        form = pick((f"is the {called[i]} {first} or {second}?", f"how big is the {called[i]}?"), rng)
-        yield Question(form, thing.size, "size")
+        name = called[i]
+        forms = (f"is the {name} {first} or {second}?", f"how big is the {name}?", f"what size does the {name} have?")
+        yield Question(pick(forms, rng), thing.size, "size")
 
     kind, number = thing.kind, len(alike)
-    if rng.random() < ASK_ZERO:
+    if rng.random() < ASK_FOR_NONE[scene.tier]:
         shown = {other.kind for other in things}
         absent = (other.kind for scene_ in others(scene) for other in scene_.things if other.kind not in shown)
         kind = next(absent, kind)
         number = number if kind == thing.kind else 0
-    form = pick(("how many {} are there?", "how many {} do you see?", "what is the number of {}?"), rng)
-    yield Question(form.format(KIND_WORDS[kind][0][1]), NUMBERS[number], "count")
+    form = pick(("how many {} are there?", "how many {} do you see?", "can you count the {}?"), rng)
+    if rng.random() < KEEP_COUNT[scene.tier].get(NUMBERS[number], 1.0):
+        yield Question(form.format(KIND_WORDS[kind][0][1]), NUMBERS[number], "count")
 
 
 def _about_the_whole(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """Place, time of day and weather."""
-    yield Question(pick(("where is this?", "what place is this?", "where are we?"), rng), scene.place, "place")
+    yield Question(pick(("where is this?", "what kind of place is this?", "where are we?"), rng), scene.place, "place")
     first, second, third = shuffled(SKIES, rng)
-    forms = ("what time of day is it?", f"is it {first}, {second} or {third}?")
-    yield Question(pick(forms, rng), scene.sky, "sky")
-    yield Question(pick(("what is the weather like?", "how is the weather?"), rng), scene.weather, "weather")
+    forms = ("what time of day is it?", "which part of the day is it?", f"is it {first}, {second} or {third}?")
+    if _kept(SKY_SHARES, scene.sky, rng):
+        yield Question(pick(forms, rng), scene.sky, "sky")
+    if _kept(_weather_shares(scene), scene.weather, rng):
+        yield Question(pick(("what is the weather like?", "how is the weather?"), rng), scene.weather, "weather")
 
 
 def _about_two(scene: Scene, rng: random.Random) -> Iterator[Question]:
@@ -166,24 +197,22 @@ def _about_two(scene: Scene, rng: random.Random) -> Iterator[Question]:
 def _exists(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """One question whose answer is yes and one whose answer is no, of the same form."""
     form = pick(("kind", "colour", "place", "sky", "weather"), rng)
+    shown = getattr(scene, form, "")
+    # It is cloudy where it rains or snows, too, so nobody is asked about clouds.
+    if (form == "sky" and not _kept(SKY_SHARES, shown, rng)) or (
+        form == "weather" and (shown == "cloudy" or not _kept(_weather_shares(scene), shown, rng))
+    ):
+        form = "kind"
     if form in ("kind", "colour"):
-        yes = _noun(scene, form, rng)
-        no = _missing_noun(scene, form, rng)
-        words = [pick(SIGHTS, rng).format(with_article(noun_words(noun, rng))) for noun in (yes, no) if noun]
+        nouns = [noun for noun in (_noun(scene, form, rng), _missing_noun(scene, form, rng)) if noun]
+        asked = [pick(SIGHTS, rng).format(with_article(noun_words(noun, rng))) for noun in nouns]
     else:
-        yes = getattr(scene, form)
-        no = next((getattr(other, form) for other in others(scene) if _differs(form, yes, getattr(other, form))), None)
-        phrases = {"place": PLACE_WORDS, "sky": SKY_QUESTIONS, "weather": WEATHER_QUESTIONS}[form]
-        words = [pick(phrases[value], rng) for value in (yes, no) if value in phrases]
-        words = [f"is this {word}?" if form == "place" else word for word in words]
-    if len(words) == 2:
-        pair = [Question(question, answer, "exists") for question, answer in zip(words, ("yes", "no"), strict=True)]
+        phrases = {"place": PLACE_QUESTIONS, "sky": SKY_QUESTIONS, "weather": WEATHER_QUESTIONS}[form]
+        missing = pick([value for value in phrases if value != shown], rng)
+        asked = [pick(phrases[value], rng) for value in (shown, missing)]
+    if len(asked) == 2:
+        pair = [Question(question, answer, "exists") for question, answer in zip(asked, ("yes", "no"), strict=True)]
         yield from shuffled(pair, rng)
-
-
-def _differs(form: str, shown: str, asked: str) -> bool:
-    """Whether "is it `asked`?" is plainly to be answered with no. It is cloudy where it rains or snows, too."""
-    return asked != shown and not (form == "weather" and "cloudy" in (asked, shown))
 
 
 def _noun(scene: Scene, form: str, rng: random.Random) -> Noun:

@@ -17,9 +17,7 @@ from minivlp.data.picturebook.world import (
     KINDS,
     PLACES,
     SIZES,
-    SKIES,
     TIERS,
-    WEATHERS,
     Scene,
     Thing,
 )
@@ -154,7 +152,11 @@ def _normal(rng: random.Random, split: str) -> list[Thing]:
     if layout == "one":
         slots, side, stray = (_pick(ONE_SLOTS, rng),), _within(*ONE_SIDE[size], rng), STRAY
     else:
-        slots, side, stray = _pick(GROUP_SLOTS[_count(kind, split, rng)], rng), _within(*GROUP_SIDE[size], rng), GROUP_STRAY
+        slots, side, stray = (
+            _pick(GROUP_SLOTS[_count(kind, split, rng)], rng),
+            _within(*GROUP_SIDE[size], rng),
+            GROUP_STRAY,
+        )
     return [
         _thing(kind, colour, size, x + _within(-stray, stray, rng), y + _within(-stray, stray, rng), side)
         for x, y in slots

@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minivlp.data.picturebook.describe import KIND_WORDS, NUMBERS, Noun, noun_phrase, noun_words, pick, shuffled
-from minivlp.data.picturebook.world import KINDS, Scene
+from minivlp.data.picturebook.claims import KIND_WORDS, Noun, noun_phrase, pick, shuffled
+from minivlp.data.picturebook.world import Scene
 
 PLACE_NOUNS = {
     "meadow": "a meadow",
@@ -21,9 +21,15 @@ PLACE_NOUNS = {
     "desert": "a desert",
     "city": "a city",
 }
-SKY_NOUNS = {"day": "daylight", "sunset": "a sunset", "night": "a night sky"}
+SKY_NOUNS = {"day": "a daytime sky", "sunset": "an evening sky", "night": "a night sky"}
 WEATHER_NOUNS = {"clear": "fine weather", "rain": "rain", "snowfall": "falling snow"}
 WHOLE = {"place": PLACE_NOUNS, "sky": SKY_NOUNS, "weather": WEATHER_NOUNS}
+FORMS = {
+    "side": ("the {side} picture shows {}", "in the {side} picture we see {}"),
+    "both": ("both pictures show {}", "each picture shows {}"),
+    "one": ("exactly one picture shows {}", "only one of the pictures shows {}"),
+    "neither": ("neither picture shows {}", "none of the pictures shows {}"),
+}
 SAME = {"place": "place", "sky": "time of day"}
 
 Sight = Noun | tuple[str, str]  # a noun, or for example ("place", "beach")
@@ -114,7 +120,12 @@ def _one_text(
             return None
         side, true_pair = ("left", (i, j)) if rng.random() < 0.5 else ("right", (j, i))
         plural = KIND_WORDS[kind][0][1]
-        return f"there are more {plural} in the {side} picture", true_pair, true_pair[::-1]
+        other = "right" if side == "left" else "left"
+        forms = (
+            f"there are more {plural} in the {side} picture",
+            f"the {side} picture has more {plural} than the {other} one",
+        )
+        return pick(forms, rng), true_pair, true_pair[::-1]
 
     sight = pick(tuple(sights(scenes[i])), rng)
     words = _words(sight, rng)
@@ -124,10 +135,10 @@ def _one_text(
         return None
     if form == "side":
         side, true_pair = ("left", (i, without[0])) if rng.random() < 0.5 else ("right", (without[0], i))
-        return f"the {side} picture shows {words}", true_pair, true_pair[::-1]
+        return pick(FORMS["side"], rng).format(words, side=side), true_pair, true_pair[::-1]
     if form == "neither":
         return (
-            f"neither picture shows {words}",
+            pick(FORMS["neither"], rng).format(words),
             _either_way(without[0], without[1], rng),
             _either_way(i, without[int(rng.random() * 2)], rng),
         )
@@ -135,8 +146,8 @@ def _one_text(
         return None
     both, only_one = _either_way(i, others_with[0], rng), _either_way(i, without[0], rng)
     if form == "both":
-        return f"both pictures show {words}", both, only_one
-    return f"exactly one picture shows {words}", only_one, both
+        return pick(FORMS["both"], rng).format(words), both, only_one
+    return pick(FORMS["one"], rng).format(words), only_one, both
 
 
 def _either_way(a: int, b: int, rng: random.Random) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from minivlp.data.picturebook.describe import NUMBERS, Claim, claim_of, pick, say, shuffled, stream
+from minivlp.data.picturebook.claims import NUMBERS, Claim, claim_of, pick, say, shuffled, stream
 from minivlp.data.picturebook.sample import HELD_OUT_COLOUR, HELD_OUT_COUNT
 from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, SIZES, SKIES, WEATHERS, Scene
 
@@ -44,20 +44,25 @@ JUNK = (
     "untitled {p}",
 )
 
+VALUES = {
+    "kind": KINDS,
+    "colour": tuple(COLOURS),
+    "size": SIZES,
+    "place": PLACES,
+    "sky": SKIES,
+    "weather": WEATHERS,
+}
+
 
 def contradicts(claim: Claim, scene: Scene) -> bool:
     """Whether a claim is plainly false of a scene: a named thing that is not there, another number than said, another
     place, time of day, weather or style. A noun in the singular is contradicted only by the absence of such a thing,
     and relations are left out, so that what is called false is false under every reading."""
-    if any(
-        said is not None and said != shown
-        for said, shown in (
-            (claim.place, scene.place),
-            (claim.sky, scene.sky),
-            (claim.weather, scene.weather),
-            (claim.style, scene.style),
-        )
-    ):
+    for name in ("place", "sky", "style"):
+        if getattr(claim, name) not in (None, getattr(scene, name)):
+            return True
+    # There are clouds in the rain and in falling snow, too.
+    if claim.weather not in (None, scene.weather) and "cloudy" not in (claim.weather, scene.weather):
         return True
     for noun in claim.nouns:
         shown = sum(map(noun.fits, scene.things))
@@ -75,9 +80,8 @@ def wrong_attributes(claim: Claim, scene: Scene, rng: random.Random) -> Iterator
         if getattr(noun, name) is not None
     ]
     changes += [(None, name) for name in ("place", "sky", "weather") if getattr(claim, name) is not None]
-    values = {"kind": KINDS, "colour": tuple(COLOURS), "size": SIZES, "place": PLACES, "sky": SKIES, "weather": WEATHERS}
     for k, name in shuffled(changes, rng):
-        for value in shuffled(values[name], rng):
+        for value in shuffled(VALUES[name], rng):
             if k is None:
                 changed = replace(claim, **{name: value})
             else:
