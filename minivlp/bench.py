@@ -3,7 +3,7 @@
 Every contender of a row gets the same weights, the same batch and the same optimiser, and must first give the same
 numbers. They then take turns, each round in another order, so that a slow moment of the machine hits all of them;
 times are medians over the rounds, and ratios are medians of the ratios within one round. Where a contender does fewer
-operations for the same numbers, its name says so.
+operations for the same numbers, its name says so. On a machine with other work, `--cpu-time` gives steadier numbers.
 
 A later lesson adds a `Row` to `ROWS`.
 """
@@ -103,7 +103,7 @@ def every_token(model: ViT, images: Tensor) -> Tensor:
 def vit_contenders(config: ViTConfig) -> list[Contender]:
     """Ours twice, transformers' (if installed) and torch's, all with the weights of the first."""
     theirs = None
-    if importlib.util.find_spec("transformers"):
+    if transformers_installed():
         theirs, ours = transformers_pair(config)
     else:
         ours = ViT(config)
@@ -120,6 +120,10 @@ def vit_contenders(config: ViTConfig) -> list[Contender]:
         name = "transformers ViTForImageClassification, sdpa"
         contenders.append(Contender(name, theirs, lambda batch: theirs(batch[0]).logits))
     return contenders
+
+
+def transformers_installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def transformers_pair(config: ViTConfig) -> tuple[nn.Module, ViT]:
@@ -266,9 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.threads = 1
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, float32, {options.rounds} rounds in turn, "
-          f"{'CPU' if options.cpu_time else 'wall-clock'} time")  # fmt: skip
-    if not importlib.util.find_spec("transformers"):
+    threads, kind = torch.get_num_threads(), "CPU time" if options.cpu_time else "wall-clock time"
+    print(f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}, float32, {options.rounds} rounds, {kind}")
+    if not transformers_installed():
         print("transformers is not installed and left out: pip install transformers to compare with it")
     clock = time.process_time if options.cpu_time else time.perf_counter
     for row in rows:

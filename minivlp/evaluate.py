@@ -62,8 +62,8 @@ def k_per_class(labels: Tensor, k: int, *, seed: int = 0) -> Tensor:
 def attention_distance(weights: Tensor, *, patch_size: int, prefix: int = 1) -> Tensor:
     """How far heads look (ViT, Fig. 7 right): weights (B, heads, T, T) -> mean distance (heads,) in pixels.
 
-    For each patch, the distance to every patch's centre weighted by attention; class tokens (the first `prefix`) have no
-    place in the picture, so they are left out and the rest of each row is scaled back to sum 1.
+    For each patch, the distance to every patch's centre weighted by attention; class tokens (the first `prefix`) have
+    no place in the picture, so they are left out and the rest of each row is scaled back to sum 1.
     """
     w = weights[..., prefix:, prefix:]
     w = w / w.sum(dim=-1, keepdim=True)

@@ -14,14 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
 
-WIDTH = 8.3  # inches; at 100 dots per inch the width of a notebook on GitHub
+WIDTH = 8.2  # inches; at 100 dots per inch, and with a notebook's margin around, the width of a notebook on GitHub
 BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY, "#000000")
 INK, QUIET, FAINT = "#222222", "#5F5F5F", "#D9D9D9"
@@ -38,6 +37,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "white",  # opaque: a transparent figure cannot be read in a dark theme
     "figure.constrained_layout.use": True,
     "savefig.dpi": 100,
+    "savefig.pad_inches": 0.05,  # the margin that notebooks put around a figure
     "savefig.facecolor": "white",
     "axes.facecolor": "white",
     "axes.edgecolor": QUIET,
@@ -63,6 +63,9 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "image.cmap": "viridis",
 }
+
+
+RULER = RendererAgg(1, 1, 100)  # measures text before there is a figure
 
 
 def use_style() -> None:
@@ -92,9 +95,9 @@ def inch_axes(fig: Figure) -> Axes:
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Width in inches of one line of text of `size` points. Three per cent are added against rounding."""
+    """Width in inches of one line of text of `size` points, as drawn at 100 dots per inch (letters snap to pixels)."""
     font = FontProperties(family="DejaVu Sans", size=size, weight=weight)
-    return 1.03 * text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
+    return 1.01 * RULER.get_text_width_height_descent(text, font, ismath=False)[0] / 100
 
 
 def text_height(lines: int, size: float) -> float:
@@ -307,14 +310,15 @@ def filters(weights: Any, *, columns: int = 14, title: str | None = None) -> Fig
 
 
 def curves(
-    history: Mapping[str, Any], *, band: Any = None, x: Any = None, xlabel: str = "step", ylabel: str = "loss",
+    history: Mapping[str, Any], *, band: Any = None, x: Any = None, xlabel: str = "step", ylabel: str | None = None,
     hline: tuple[float, str] | None = None, title: str | None = None,
 ) -> Figure:  # fmt: skip
     """Curves of this run, each (n,), over the band of recorded ones: shaded from minimum to maximum, median dashed.
 
     `x` are the curves' positions, one array for all or a dictionary with one each; without it they count from 1.
     `band` is (runs, n), or a pair of positions (m,) and values (runs, m) as `Recorded.curves` returns them, and belongs
-    to the first curve; or a dictionary of these by curve name. `hline` is a level worth knowing and its name.
+    to the first curve; or a dictionary of these by curve name. `hline` is a level worth knowing and its name. Without
+    `ylabel` a lone curve's own name stands at the axis, else "loss".
     """
     if not history:
         raise ValueError("there is nothing to draw: history is empty")
@@ -338,15 +342,13 @@ def curves(
                             label=f"{len(runs)} earlier runs{of}, lowest to highest")  # fmt: skip
             ax.plot(at, np.median(runs, axis=0), color=colour, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
         ax.plot(xs, ys, color=colour, label=name, marker="o" if len(ys) <= 20 else None, markersize=4)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    alone = len(history) == 1 and not bands
+    ax.set(xlabel=xlabel, ylabel=ylabel or (next(iter(history)) if alone else "loss"), title=title or "")
     ax.margins(x=0.02)
     if hline is not None:
         _level(ax, *hline)
-    handles, labels = ax.get_legend_handles_labels()
-    if len(handles) > 1 or bands:
-        ax.legend(handles, labels)
-    else:
-        ax.set_ylabel(ylabel if ylabel != "loss" else next(iter(history)))
+    if not alone:
+        ax.legend()
     return fig
 
 
@@ -517,19 +519,19 @@ def _matrix(
     R, C = m.shape
     _same_length(row_labels, "row_labels", R, "rows")
     _same_length(col_labels, "col_labels", C, "columns")
-    rows = [wrap(label, 2.2, SMALL) for label in row_labels or []]
+    col_labels = None if col_labels is None else [str(label) for label in col_labels]
+    rows = [] if row_labels is None else [wrap(label, 2.2, SMALL) for label in row_labels]
     beside = 0.1 + max([0.0, *(text_width(line, SMALL) for label in rows for line in label.split("\n"))])
     name = 0.25 if axes[0] else 0.05  # inches for the name of an axis
     right = 0.75 + (0.2 if bar else 0)
     cell = min(0.75, (WIDTH - beside - name - right) / C)
     lines = max([1, *(label.count("\n") + 1 for label in rows)])
     high = max(min(cell, 5.2 / R), text_height(lines, SMALL) if R <= 24 else 0)  # cells may be wide, never unreadable
+    cell = cell if cell > 0.4 else max(min(cell, high), 2.0 / C)  # square, where no numbers need the width
     turned = any(text_width(label, SMALL) > cell - 0.06 for label in col_labels or [])
     fit = max(1, int(cell / text_height(1, SMALL)))  # lines of a turned label
     columns = [_shorten(label, fit) if turned else label for label in col_labels or []]
-    above = (
-        max([0.0, *(text_width(line, SMALL) for label in columns for line in label.split("\n"))]) if turned else 0.15
-    )
+    above = max([0.15, *(text_width(line, SMALL) for label in columns if turned for line in label.split("\n"))])
     above = above + 0.08 if columns else 0.0
 
     width = max(beside + name + C * cell + right, 4.0)
@@ -547,9 +549,8 @@ def _matrix(
                 ax.text(c, r, numbers[r][c], ha="center", va="center", fontsize=size, color=ink)
     step_r, step_c = (1 + int(0.13 / high), 1 + int(0.13 / cell))  # rather leave labels out than print one over another
     ax.set_yticks(range(R)[::step_r] if rows else [], rows[::step_r], parse_math=False)
-    ax.set_xticks(
-        range(C)[::step_c] if columns else [], columns[::step_c], rotation=90 if turned else 0, parse_math=False
-    )
+    ax.set_xticks(range(C)[::step_c] if columns else [], columns[::step_c], parse_math=False)
+    ax.tick_params(axis="x", labelrotation=90 if turned else 0)
     ax.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False)
     if cell > 0.1 and high > 0.1:
         ax.vlines(np.arange(C + 1) - 0.5, -0.5, R - 0.5, color="white", linewidth=1)

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
+import multiprocessing
 import os
 import platform
+import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -26,6 +30,7 @@ import numpy as np
 import torch
 
 from minivlp import DATA
+from minivlp.evaluate import mean_and_spread
 from minivlp.train import save_weights, write_atomically
 
 
@@ -34,11 +39,18 @@ class RecordError(ValueError):
 
 
 def lesson_module(name: str) -> ModuleType:
-    """'01_vit' -> the module minivlp.lessons.vit."""
+    """'01_vit' -> the module minivlp.lessons.vit. Raises RecordError if there is none."""
+    module = f"minivlp.lessons.{name.split('_', 1)[-1]}"
+    unknown = RecordError(f"there is no lesson called {name!r}: write its notebook's name, like 01_vit")
     try:
-        return importlib.import_module(f"minivlp.lessons.{name.split('_', 1)[-1]}")
+        lesson = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise RecordError(f"there is no lesson called {name!r}: write its notebook's name, like 01_vit") from error
+        if error.name != module:  # a library that the lesson needs is what is missing
+            raise
+        raise unknown from error
+    if name != lesson.NAME:
+        raise unknown
+    return lesson
 
 
 def recipes_of(lesson: ModuleType) -> dict[str, dict[str, dict]]:
@@ -59,14 +71,26 @@ class Recorded:
         """One number a seed."""
         return [run["metrics"][metric] for run in self.runs[experiment][arm]]
 
+    def summary(self, experiment: str, arm: str, metric: str = "test accuracy") -> str:
+        """Mean ± standard deviation over the seeds, as text."""
+        mean, spread = mean_and_spread(self.values(experiment, arm, metric))
+        return f"{mean:.3f} ± {spread:.3f}"
+
     def table(self, experiment: str, metric: str) -> dict[str, list[float]]:
         """arm -> one number a seed, for the bar plots."""
         return {arm: self.values(experiment, arm, metric) for arm in self.runs[experiment]}
 
     def curves(self, experiment: str, arm: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and one curve a seed (seeds, n) of a validation metric or a smoothed loss."""
-        runs = self.runs[experiment][arm]
-        return np.array(runs[0]["curves"][name]["steps"]), np.array([run["curves"][name]["values"] for run in runs])
+        """Steps (n,) and one curve a seed (seeds, n) of a validation metric or a smoothed loss.
+
+        A run that diverged ends early: NaN from there on.
+        """
+        curves = [run["curves"].get(name, {"steps": [], "values": []}) for run in self.runs[experiment][arm]]
+        steps = max((curve["steps"] for curve in curves), key=len)
+        if not steps:
+            raise KeyError(name)
+        rows = [curve["values"] + [math.nan] * (len(steps) - len(curve["values"])) for curve in curves]
+        return np.array(steps), np.array(rows)
 
 
 def load(name: str) -> Recorded:
@@ -75,10 +99,10 @@ def load(name: str) -> Recorded:
     again = f"run `python -m minivlp.record {name}` to make it again"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        recorded, runs = content["recipes"], content["runs"]
+        about, recorded, runs = content["about"], content["recipes"], content["runs"]
     except FileNotFoundError as error:
         raise RecordError(f"{path.name} is missing from data/recorded: {again}") from error
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # no text, no JSON, other JSON
         raise RecordError(f"{path.name} is damaged: {again}") from error
     current = recipes_of(lesson_module(name))
     changed = [f"{e}/{a}" for e in current.keys() | recorded.keys()
@@ -86,7 +110,7 @@ def load(name: str) -> Recorded:
                if current.get(e, {}).get(a) != recorded.get(e, {}).get(a)]  # fmt: skip
     if changed:
         raise RecordError(f"{path.name} was recorded with other recipes ({', '.join(sorted(changed)[:5])}): {again}")
-    return Recorded(content["about"], runs)
+    return Recorded(about, runs)
 
 
 def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scratch: Path) -> Path:
@@ -95,28 +119,62 @@ def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scrat
     recipe = lesson.EXPERIMENTS[experiment][arm]
     plain = json.loads(json.dumps(asdict(recipe)))
     path = scratch / f"{experiment}.{arm}.{seed}.json".replace(" ", "_").replace("/", "-")
-    if path.exists() and json.loads(path.read_text())["recipe"] == plain:
+    to_keep = [scratch / f"{weights}.safetensors" for weights, source in lesson.CHECKPOINTS.items()
+               if source == (experiment, arm) and seed == 0]  # fmt: skip
+    done = path.exists() and json.loads(path.read_text())["recipe"] == plain
+    if done and all(weights.exists() for weights in to_keep):
         return path
     torch.set_num_threads(threads)
     run = lesson.run(recipe, seed=seed, device=torch.device("cpu"), progress=None)
+    if run.history.stopped:  # `fit` turns Ctrl-C into a short run, which is no result
+        raise KeyboardInterrupt
     h, window = run.history, 20
-    curves = {loss: {"steps": list(range(window, h.steps + 1, window)), "values": h.smooth(loss, window)} for loss in h.losses}
+    windows = list(range(window, h.steps + 1, window))
+    curves = {loss: {"steps": windows, "values": h.smooth(loss, window)} for loss in h.losses}
     curves |= {metric: {"steps": h.metric_steps, "values": values} for metric, values in h.metrics.items()}
     for curve in curves.values():
         curve["values"] = [round(v, 4) for v in curve["values"]]
     metrics = {metric: round(value, 4) for metric, value in run.metrics.items()}
-    for checkpoint, kept in lesson.CHECKPOINTS.items():
-        if kept == (experiment, arm) and seed == 0:
-            save_weights(run.model, scratch / f"{checkpoint}.safetensors", dtype=torch.float16, recipe=json.dumps(plain))
+    for weights in to_keep:
+        save_weights(run.model, weights, dtype=torch.float16, recipe=json.dumps(plain))
     content = {"recipe": plain, "run": {"seed": seed, "metrics": metrics, "curves": curves}}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content)))
     return path
 
 
+def run_all(
+    name: str, todo: list[tuple[str, str, int]], *, jobs: int, threads: int, scratch: Path
+) -> Iterator[tuple[tuple[str, str, int], Path]]:
+    """Do every (experiment, arm, seed) of `todo`; yield it with the file of its numbers, in the order of finishing."""
+    if jobs == 1:
+        before = torch.get_num_threads()
+        try:
+            yield from ((task, one_run(name, *task, threads, scratch)) for task in todo)
+        finally:
+            torch.set_num_threads(before)
+        return
+    # Fresh processes: a fork of one whose torch has used its threads may hang. Ctrl-C ends them on the spot, which
+    # their files survive, instead of being taken by `fit` for the wish to see a short run measured.
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )
+    try:
+        futures = {pool.submit(one_run, name, *task, threads, scratch): task for task in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+
+
 def record(name: str, *, seeds: int = 5, ablation_seeds: int = 3, jobs: int | None = None) -> Path:
     """Run everything the lesson lists (main run: `seeds` seeds, the others `ablation_seeds`) and write the file.
 
-    `jobs` runs go side by side on the CPU, sharing its cores; wall-clock times are therefore never recorded.
+    `jobs` runs go side by side on the CPU, sharing its cores; wall-clock times are therefore never recorded. With
+    `jobs=1` they go one after the other in this process. After Ctrl-C or an error call it again: it goes on from there.
     """
     lesson = lesson_module(name)
     cores = os.cpu_count() or 2
@@ -128,13 +186,10 @@ def record(name: str, *, seeds: int = 5, ablation_seeds: int = 3, jobs: int | No
             for s in range(seeds if e == "main" else ablation_seeds)]  # fmt: skip
     lesson.prepare()  # draw the pictures once, before the processes would all start to
     runs: dict[str, dict[str, list]] = {e: {a: [] for a in arms} for e, arms in lesson.EXPERIMENTS.items()}
-    with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(one_run, name, *task, threads, scratch): task for task in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            e, a, s = futures[future]
-            run = json.loads(future.result().read_text())["run"]
-            runs[e][a].append(run)
-            print(f"[{done}/{len(todo)}] {e} / {a}, seed {s}: {run['metrics']}", flush=True)
+    for done, ((e, a, s), path) in enumerate(run_all(name, todo, jobs=jobs, threads=threads, scratch=scratch), 1):
+        run = json.loads(path.read_text())["run"]
+        runs[e][a].append(run)
+        print(f"[{done}/{len(todo)}] {e} / {a}, seed {s}: {run['metrics']}", flush=True)
     for arms in runs.values():
         for arm in arms.values():
             arm.sort(key=lambda run: run["seed"])
@@ -146,7 +201,7 @@ def record(name: str, *, seeds: int = 5, ablation_seeds: int = 3, jobs: int | No
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
     path = DATA / "recorded" / f"{name}.json"
-    content = json.dumps({"about": about, "recipes": recipes_of(lesson), "runs": runs}, indent=None, separators=(",", ":"))
+    content = json.dumps({"about": about, "recipes": recipes_of(lesson), "runs": runs}, separators=(",", ":"))
     write_atomically(path, lambda temporary: temporary.write_text(content + "\n", encoding="utf-8"))
     for checkpoint in lesson.CHECKPOINTS:
         weights = (scratch / f"{checkpoint}.safetensors").read_bytes()
@@ -163,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name in options.lesson:
         try:
-            print("wrote", record(name, seeds=options.seeds, ablation_seeds=options.ablation_seeds, jobs=options.jobs).name)
+            path = record(name, seeds=options.seeds, ablation_seeds=options.ablation_seeds, jobs=options.jobs)
+            print("wrote", path.name)
         except RecordError as error:
             print(error, file=sys.stderr)
             return 1

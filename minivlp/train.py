@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ class TrainingDiverged(RuntimeError):
     def __init__(self, message: str, history: History, model: nn.Module) -> None:
         super().__init__(message)
         self.history, self.model = history, model
+
+    def __reduce__(self) -> tuple:  # so that it survives the way back from a process of a pool
+        return type(self), (str(self), self.history, self.model)
 
 
 class CheckpointError(ValueError):
@@ -135,6 +139,7 @@ def fit(
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, model, optimizer, recipe)
     line = Progress(progress, steps)
+    model.zero_grad(set_to_none=True)  # a gradient left on a frozen weight would count when clipping
     model.train()
     start = time.perf_counter() - history.seconds
     try:
@@ -143,19 +148,22 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = [t.to(device, non_blocking=True) for t in batches(step)]
+            buffers = [buffer.clone() for buffer in model.buffers()]
             values, norm = train_step(model, optimizer, loss_fn, batch, clip=clip)
             if not all(map(math.isfinite, (norm, *values.values()))):
+                for buffer, before in zip(model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)  # the running averages of batch norm have already seen this batch
                 raise TrainingDiverged(
-                    f"step {step} (batch {step}, lr {rate:.1e}): loss {values}, gradient norm {norm:.3g} is not finite; "
-                    "the weights are those of the step before. Lower lr, lengthen warmup, or look at this batch.",
+                    f"step {step} (batch {step}, lr {rate:.1e}): loss {values}, gradient norm {norm:.3g} is not finite;"
+                    " the weights are those of the step before. Lower lr, lengthen warmup, or look at this batch.",
                     history,
                     model,
                 )
             for hook in after_step:
                 hook(model, step)
-            history.lr.append(rate)
             for name, value in values.items():
                 history.losses.setdefault(name, []).append(value)
+            history.lr.append(rate)
             history.seconds = time.perf_counter() - start
             if evaluate is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
                 with evaluating(model):
@@ -171,7 +179,9 @@ def fit(
         history.stopped = f"stopped by hand after {history.steps} of {steps} steps; the weights so far are kept"
         for values in history.losses.values():
             del values[history.steps :]
-        if checkpoint is not None and history.steps % checkpoint_every:
+        for values in history.metrics.values():
+            del values[len(history.metric_steps) :]
+        if checkpoint is not None and Path(checkpoint).exists():
             history.stopped += f", the last checkpoint is in {checkpoint}"
     finally:
         model.eval()
@@ -181,15 +191,14 @@ def fit(
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Within: eval mode, no gradients, random state set aside, so that looking at a model never changes its training."""
-    training, state = model.training, torch.get_rng_state()
+    """Within: eval mode, no gradients, random state set aside; so looking at a model never changes its training."""
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []), torch.no_grad():
             yield model
     finally:
         model.train(training)
-        torch.set_rng_state(state)
 
 
 class Progress:
@@ -198,7 +207,8 @@ class Progress:
     def __init__(self, label: str | None, steps: int) -> None:
         self.label, self.steps, self.last, self.begin = label, steps, 0.0, time.perf_counter()
         self.handle = None
-        if label and "ipykernel" in sys.modules:
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if label and hasattr(shell, "kernel"):  # a notebook, not a terminal
             from IPython.display import display
 
             self.handle = display({"text/plain": f"{label}: starting"}, raw=True, display_id=True)
@@ -220,6 +230,8 @@ class Progress:
         if self.handle is not None:
             self.handle.update({"text/plain": text}, raw=True)
         elif sys.stderr.isatty() or end:
+            if not end:  # a live line that wraps could not be rewritten
+                text = text[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
@@ -248,10 +260,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def own_copy(tensor: Tensor) -> Tensor:
+    """The values in CPU memory of their own: safetensors refuses tensors that share it, as tied weights do."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def save_weights(model: nn.Module, path: str | Path, *, dtype: torch.dtype | None = None, **about: str) -> None:
     """Write the weights (as `dtype`, if given) and the model's config to a .safetensors file, atomically."""
-    tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-               for k, v in model.state_dict().items()}  # fmt: skip
+    tensors = {k: own_copy(v).to(dtype if v.is_floating_point() else None) for k, v in model.state_dict().items()}
     metadata = {"model": type(model).__name__, "config": json.dumps(asdict(model.config))} | about
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -263,13 +279,18 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("model") != type(model).__name__:
-        raise CheckpointError(f"{Path(path).name} holds a {metadata.get('model')}, not a {type(model).__name__}")
+        kind = metadata.get("model", "file of another program")
+        raise CheckpointError(f"{Path(path).name} holds a {kind}, not a {type(model).__name__}: give the right file")
     theirs, ours = json.loads(metadata["config"]), json.loads(json.dumps(asdict(model.config)))
     if theirs != ours:
         wrong = ", ".join(f"{k}={theirs.get(k)!r} (here {ours.get(k)!r})" for k in sorted(theirs.keys() | ours.keys())
                           if theirs.get(k) != ours.get(k))  # fmt: skip
         raise CheckpointError(f"{Path(path).name} was made with {wrong}: build the model with the file's config")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        kind = type(model).__name__
+        raise CheckpointError(f"{Path(path).name} has other tensors than a {kind}: get it again") from error
     return metadata
 
 
@@ -303,9 +324,9 @@ def save_checkpoint(
     path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict, history: History
 ) -> None:
     """Everything a run needs to go on: weights, optimizer moments, random state, history, in one safetensors file."""
-    state = {f"model.{k}": v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {f"model.{k}": own_copy(v) for k, v in model.state_dict().items()}
     for i, parameter in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{i}.{k}": torch.as_tensor(v).cpu().contiguous() for k, v in parameter.items()}
+        state |= {f"optimizer.{i}.{k}": own_copy(torch.as_tensor(v)) for k, v in parameter.items()}
     state["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["random.cuda"] = torch.cuda.get_rng_state()
@@ -319,7 +340,8 @@ def load_checkpoint(
     """Put a run back where `save_checkpoint` left it. Raises CheckpointError if the file belongs to another run."""
     state, metadata = read_safetensors(path)
     if metadata.get("run") != fingerprint(model, recipe):
-        raise CheckpointError(f"{Path(path).name} belongs to a run with another model or recipe: delete it to start anew")
+        name = Path(path).name
+        raise CheckpointError(f"{name} belongs to a run with another model or recipe: delete it to start anew")
     model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -334,8 +356,8 @@ def load_checkpoint(
 
 
 def fingerprint(model: nn.Module, recipe: dict) -> str:
-    """A short name for (shapes of the model, recipe): equal exactly when a checkpoint fits."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    """A short name for (shapes of the model, what is frozen, recipe): equal exactly when a checkpoint fits."""
+    shapes = {name: [*p.shape, p.requires_grad] for name, p in model.named_parameters()}
     return hashlib.sha256(json.dumps([shapes, recipe], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -343,9 +365,9 @@ def self_test(device: torch.device) -> float:
     """The largest difference between `device` and CPU in the gradients of a small attention layer, relative."""
     from minivlp.layers import Block
 
-    torch.manual_seed(0)
-    block, x = Block(32, 4), torch.randn(2, 9, 32)
-    there = Block(32, 4).to(device)
+    with torch.random.fork_rng([]):  # the run's own seed stays as it is
+        torch.manual_seed(0)
+        block, there, x = Block(32, 4), Block(32, 4).to(device), torch.randn(2, 9, 32)
     there.load_state_dict(block.state_dict())
     for b, t in ((block, x), (there, x.to(device))):
         b(t)[0].square().mean().backward()

@@ -6,7 +6,7 @@ The notebook trains some of these live; `python -m minivlp.record 01_vit` runs a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -30,7 +30,7 @@ CHECKPOINTS = {"vit": ("main", "ViT"), "vit_kind_and_colour": ("labels", "kind a
 class Recipe:
     """All that fixes a run but its seed."""
 
-    model: ViTConfig | ResNetConfig = ViTConfig()
+    model: ViTConfig | ResNetConfig = field(default_factory=ViTConfig)
     tier: str = "easy"
     task: str = "kind"  # "kind" of the object; "kind and colour"; "swap": are the picture's two halves exchanged?
     train_size: int = 12_000
@@ -40,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: float = 0.1
     probe: bool = False  # also fit few-shot classifiers to the frozen features
+    shifts: bool = False  # also test on pages unlike the training pages
     fine_tune: int = 0  # steps at 96 pixels after the run, with and without interpolated positions
 
 
@@ -52,12 +53,15 @@ class Run:
     metrics: dict[str, float]
 
 
-MAIN = Recipe(probe=True, fine_tune=60)
-SHORT = replace(MAIN, tier="normal", train_size=6_000, steps=400, probe=False, fine_tune=0)  # for the comparisons
-SWAP = replace(SHORT, tier="easy", steps=200, task="swap", model=replace(MAIN.model, num_classes=2))
+MAIN = Recipe(probe=True, shifts=True, fine_tune=100)
+SHORT = replace(
+    MAIN, tier="normal", train_size=6_000, steps=400, probe=False, shifts=False, fine_tune=0
+)  # for the comparisons
+SWAP = replace(SHORT, tier="easy", steps=500, task="swap", model=replace(MAIN.model, num_classes=2))
 RATES = (3e-4, 1e-3, 3e-3)
 LOW_RATES = (1e-4, 3e-4, 1e-3)
 DATA_SIZES = (250, 1000, 4000, 12_000)
+SHIFTS = ("heldout_colour", "flipped", "crayon", "chalk")
 
 
 def vit(**changes: object) -> ViTConfig:
@@ -67,13 +71,10 @@ def vit(**changes: object) -> ViTConfig:
 # experiment -> arm -> recipe
 EXPERIMENTS: dict[str, dict[str, Recipe]] = {
     "main": {"ViT": MAIN},
-    "positions, swap task": {
-        kind: replace(SWAP, model=replace(SWAP.model, position=kind)) for kind in ("none", "1d", "2d")
-    },
     "positions": {kind: replace(SHORT, model=vit(position=kind)) for kind in ("none", "1d", "2d")},
     "labels": {
         "kind and colour": replace(
-            MAIN, fine_tune=0, task="kind and colour", model=vit(num_classes=len(KINDS) * len(COLOURS))
+            MAIN, shifts=False, fine_tune=0, task="kind and colour", model=vit(num_classes=len(KINDS) * len(COLOURS))
         )
     },
     "pooling": {
@@ -95,6 +96,10 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         for name, model in (("ViT", ViTConfig()), ("CNN", ResNetConfig()))
         for size in DATA_SIZES
     },
+    "positions, swap task": {
+        kind: replace(SWAP, model=replace(SWAP.model, position=kind), fine_tune=50 if kind == "1d" else 0)
+        for kind in ("none", "1d", "2d")
+    },
     "patch": {f"P={p}": replace(SHORT, steps=200, model=vit(patch_size=p)) for p in (16, 8, 4)},
 }
 
@@ -113,17 +118,19 @@ def pictures(split: str, *, tier: str, n: int, image_size: int = 64) -> PairTens
 
 
 def swap_halves(images: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Exchange the left and right half of a random half of the pictures: (images, 1 where exchanged).
+    """Exchange the upper and lower half of a random half of the pictures: (images, 1 where exchanged).
 
     Both versions consist of exactly the same patches, so only a model that knows where a patch was can tell.
     """
     swapped = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
-    return torch.where(swapped[:, None, None, None], images.roll(images.shape[-1] // 2, dims=-1), images), swapped.long()
+    return torch.where(
+        swapped[:, None, None, None], images.roll(images.shape[-2] // 2, dims=-2), images
+    ), swapped.long()
 
 
-def examples(split: str, recipe: Recipe, *, n: int) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, 64, 64) uint8 and labels (n,) for the recipe's task."""
-    data = pictures(split, tier=recipe.tier, n=n)
+def examples(split: str, recipe: Recipe, *, n: int, image_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, side, side) uint8 and labels (n,) for the recipe's task."""
+    data = pictures(split, tier=recipe.tier, n=n, image_size=image_size)
     if recipe.task == "swap":
         return swap_halves(data.images, seed=len(split))
     kind = data.labels("kind")[0]
@@ -141,14 +148,16 @@ def validation(recipe: Recipe) -> Callable[[nn.Module], dict[str, float]]:
     return lambda model: {"val accuracy": accuracy(predict(model, images)[0], labels)}
 
 
-def train(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ViT") -> tuple[nn.Module, History]:
+def train(
+    recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ViT"
+) -> tuple[nn.Module, History]:
     """One run of a recipe: build, batch, fit. The seed fixes the weights and the order of the pictures."""
     minivlp.seed_everything(seed)
     model = build(recipe.model).to(device)
     batches = Batches(examples("train", recipe, n=recipe.train_size), batch_size=recipe.batch_size, seed=seed)
     history = fit(
         model, batches, classification_loss, steps=recipe.steps, lr=recipe.lr, weight_decay=recipe.weight_decay,
-        warmup=recipe.warmup, evaluate=validation(recipe), evaluate_every=recipe.steps // 10, progress=progress,
+        warmup=recipe.warmup, evaluate=validation(recipe), evaluate_every=max(1, recipe.steps // 10), progress=progress,
     )  # fmt: skip
     return model, history
 
@@ -162,8 +171,10 @@ def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None
     metrics = {"test accuracy": test_accuracy(model, "test", recipe)}
     if recipe.probe:
         metrics |= few_shot(model, recipe)
+    if recipe.shifts:
+        metrics |= shifts(model, recipe)
     if recipe.fine_tune:
-        metrics |= shifts(model, recipe) | resolutions(model, recipe, seed=seed)
+        metrics |= resolutions(model, recipe, seed=seed)
     return Run(model, history, metrics)
 
 
@@ -174,12 +185,14 @@ def test_accuracy(model: nn.Module, split: str, recipe: Recipe) -> float:
 
 def shifts(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     """Accuracy on pictures that training never showed the like of: withheld colours, other ways of drawing."""
-    return {split: test_accuracy(model, split, recipe) for split in ("heldout_colour", "flipped", "crayon", "chalk")}
+    return {split: test_accuracy(model, split, recipe) for split in SHIFTS}
 
 
 def few_shot(model: nn.Module, recipe: Recipe, *, shots: tuple[int, ...] = (5, 25)) -> dict[str, float]:
     """k-shot accuracy of facts the model was not trained on, read off its frozen features in closed form."""
-    train_set, test_set = (pictures(s, tier=recipe.tier, n=n) for s, n in (("train", recipe.train_size), ("test", 1000)))
+    train_set, test_set = (
+        pictures(s, tier=recipe.tier, n=n) for s, n in (("train", recipe.train_size), ("test", 1000))
+    )
     _, train_features = predict(model, train_set.images[:4000])
     _, test_features = predict(model, test_set.images)
     numbers = {}
@@ -193,7 +206,7 @@ def few_shot(model: nn.Module, recipe: Recipe, *, shots: tuple[int, ...] = (5, 2
 
 
 def keep_reading_order(model: ViT, image_size: int) -> ViT:
-    """The mistake to compare with: at a new resolution keep the first positions in reading order, the rest untrained."""
+    """The mistake to compare with: at a new resolution keep the positions in reading order, leave others untrained."""
     resized = at_resolution(model, image_size)
     old = model.embed.pos_embed.data
     with torch.no_grad():
@@ -204,15 +217,15 @@ def keep_reading_order(model: ViT, image_size: int) -> ViT:
 
 def resolutions(model: ViT, recipe: Recipe, *, seed: int, image_size: int = 96) -> dict[str, float]:
     """Accuracy on larger pictures, with positions interpolated or not, before and after a little fine-tuning."""
-    test_set = pictures("test", tier=recipe.tier, n=1000, image_size=image_size)
-    train_set = pictures("train", tier=recipe.tier, n=4000, image_size=image_size)
+    images, labels = examples("test", recipe, n=1000, image_size=image_size)
     numbers = {}
     for name, resize in (("interpolated", at_resolution), ("reading order", keep_reading_order)):
         bigger = resize(model, image_size)
-        numbers[f"{image_size} px, {name}"] = accuracy(predict(bigger, test_set.images)[0], test_set.labels("kind")[0])
-        batches = Batches((train_set.images, train_set.labels("kind")[0]), batch_size=recipe.batch_size, seed=seed)
-        fit(bigger, batches, classification_loss, steps=recipe.fine_tune, lr=recipe.lr / 10, progress=None)
-        numbers[f"{image_size} px, {name}, tuned"] = accuracy(predict(bigger, test_set.images)[0], test_set.labels("kind")[0])
+        numbers[f"{image_size} px, {name}"] = accuracy(predict(bigger, images)[0], labels)
+        larger = examples("train", recipe, n=4000, image_size=image_size)
+        batches = Batches(larger, batch_size=recipe.batch_size, seed=seed)
+        fit(bigger, batches, classification_loss, steps=recipe.fine_tune, lr=recipe.lr / 2, progress=None)
+        numbers[f"{image_size} px, {name}, tuned"] = accuracy(predict(bigger, images)[0], labels)
     return numbers
 
 
@@ -222,3 +235,8 @@ def prepare() -> None:
         for recipe in arms.values():
             for split, n in (("train", recipe.train_size), ("val", 500), ("test", 1000)):
                 pictures(split, tier=recipe.tier, n=n)
+            if recipe.fine_tune:
+                for split in SHIFTS:
+                    pictures(split, tier=recipe.tier, n=1000)
+                for split, n in (("train", 4000), ("test", 1000)):
+                    pictures(split, tier=recipe.tier, n=n, image_size=96)

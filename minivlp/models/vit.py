@@ -35,10 +35,17 @@ class ViTConfig:
     head_hidden: int = 0  # > 0: the tanh layer that the paper's head has during pre-training
 
     def __post_init__(self) -> None:
-        choices = {"pool": ("cls", "mean"), "position": ("1d", "2d", "none"), "norm": ("pre", "post"), "gelu": ("exact", "tanh")}
+        choices = {
+            "pool": ("cls", "mean"),
+            "position": ("1d", "2d", "none"),
+            "norm": ("pre", "post"),
+            "gelu": ("exact", "tanh"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, allowed))}")
+        if self.position == "2d" and self.width % 2:
+            raise ValueError(f"position='2d' needs an even width, not {self.width}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -136,7 +143,8 @@ def init_vit(model: ViT) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Attention):
+    for module in model.modules():  # after the loop above, which visits an Attention before the layers inside it
+        if isinstance(module, Attention):
             for matrix in module.kv.weight.chunk(2):  # two matrices in one tensor: each has its own fan-out
                 nn.init.xavier_uniform_(matrix)
     patches = model.embed.patch_embed.proj.weight  # (D, C*P*P)

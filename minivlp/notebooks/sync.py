@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 from minivlp.notebooks import ROOT, files
 
 DEFINES = "defines:"
-TOOLS = ("minivlp.notebooks",)  # tools of the house, no ideas of the course: their names are free in lessons
+TOOLS = ("minivlp.notebooks", "minivlp.checks")  # no ideas of the course: their names are free in lessons
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from minivlp.data.picturebook.claims import Claim, Noun, claim_of, pick, say, shuffled, stream
 from minivlp.data.picturebook.sample import HELD_OUT_COLOUR, HELD_OUT_COUNT, relations, sample
-from minivlp.data.picturebook.world import KINDS, Scene
+from minivlp.data.picturebook.world import CANVAS, KINDS, Scene
 
 SIDES = ("left of", "right of", "above", "below")
 PROBES = ("attribute_swap", "order_swap", "replaced", "count")
@@ -74,6 +74,8 @@ def _order_swap(base: Scene) -> Made | None:
         return None
     one, two = base.things
     changed = replace(base, things=(replace(one, x=two.x, y=two.y), replace(two, x=one.x, y=one.y)))
+    if any(min(thing.box) < 0 or max(thing.box) > CANVAS for thing in changed.things):
+        return None  # a big thing does not fit where a small one stood
     said = _where(base, always=True)
     # The same relation must hold the other way round, by the same margins, in the changed picture.
     if not said or (said[0][2], said[0][1], said[0][0]) not in relations(changed):

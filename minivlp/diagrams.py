@@ -1,0 +1,644 @@
+"""Drawings of architectures and attention masks, made from code, in one visual language for the whole course.
+
+Fill colour = modality (image, text, both, neither); hatched = frozen; double outline = shared weights; green outline
+and the tag "new" = new in this lesson. Each drawing is a function that returns a `Figure`; `alt_text` tells those who
+cannot see it what it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_rgba_array
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+
+from minivlp.plots import INK, QUIET, WIDTH, array, inch_axes, new_figure, picture, text_height, text_width, wrap
+
+SMALLEST = 8.0  # points: smaller letters cannot be read in a notebook on GitHub
+# "pair" is image and text side by side, which never look at each other: half a box for each.
+FILLS = {"image": "#CFE5F5", "text": "#FFE3B3", "fused": "#E4D4EE", "neutral": "#EFEFEF", "pair": "#CFE5F5"}
+EDGES = {"image": "#0072B2", "text": "#B26A00", "fused": "#7B3F98", "neutral": "#6B6B6B", "pair": "#5A6E75"}
+STRONG = {"image": "#3A8FC4", "text": "#E69F00", "fused": "#9A63B5", "neutral": "#7A7A7A"}
+NEW = "#007F5C"
+
+alt_text = {
+    "legend_strip": "The course's visual language: blue boxes are image, orange text, purple both, grey neither; "
+    "hatched is frozen, a double outline is shared weights, a green outline is new in this lesson.",
+    "vit_overview": "ViT from bottom to top: a picture is cut into 16 patches, each goes through the same linear "
+    "layer, a class token is put in front, positions are added, L encoder blocks follow, and the normalised class "
+    "token goes through a linear head to class scores.",
+    "vit_block": "One encoder block. In pre-norm, LayerNorm and multi-head attention stand in a branch that is added "
+    "to the stream of tokens, then LayerNorm and an MLP in another. In post-norm the order is attention, add, "
+    "LayerNorm, MLP, add, LayerNorm.",
+    "norm_placement": "Pre-norm and post-norm blocks side by side: in pre-norm the LayerNorms stand inside the "
+    "branches and the stream itself is never normalised; in post-norm they stand on the stream after each addition.",
+    "course_map": "The eight lessons by family: ViT reads pictures alone; ViLT is a single stream; CLIP and FLIP are "
+    "dual encoders; ALBEF, VLMo, BLIP and BLIP-2 have both routes in one model. Arrows say what each takes from an "
+    "earlier lesson.",
+    "family_map": "Four families by the size of their parts: (a) a large visual embedder, a smaller textual one, "
+    "little interaction; (b) two equal embedders and little interaction, as in CLIP; (c) a heavy visual embedder and a "
+    "deep interaction; (d) small embedders and nearly everything in the interaction, as in ViLT.",
+    "attention_mask": "A table of tokens: a coloured cell means that the token of its row may look at the token of "
+    "its column, an empty cell that it may not.",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A small vocabulary of shapes
+
+
+@dataclass(frozen=True)
+class Box:
+    """A placed shape, in inches: lower left corner, width and height. Arrows find their ends on its sides."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+
+    def side(self, name: str, at: float = 0.5) -> tuple[float, float]:
+        """The point at the share `at` of a side: "left", "right", "top" or "bottom"."""
+        points = {
+            "left": (self.x, self.y + at * self.h), "right": (self.x + self.w, self.y + at * self.h),
+            "bottom": (self.x + at * self.w, self.y), "top": (self.x + at * self.w, self.y + self.h),
+        }  # fmt: skip
+        if name not in points:
+            raise ValueError(f"a box has no side {name!r}: choose left, right, top or bottom")
+        return points[name]
+
+
+class Canvas:
+    """A white sheet of `width` x `height` inches, origin at the lower left, on which boxes, arrows and words are put.
+
+    Letters have 8 points or more. Text is wrapped and, if need be, shrunk to fit its box; one that still does not fit
+    raises ValueError, so that no drawing ever shows cut words.
+    """
+
+    def __init__(self, width: float, height: float) -> None:
+        if width > WIDTH:
+            raise ValueError(f"a canvas {width} inches wide does not fit a notebook: make it {WIDTH} at most")
+        self.width, self.height = width, height
+        self.fig = new_figure(width, height, layout="none")
+        self.ax = inch_axes(self.fig)
+        self._boxes = 0
+
+    def box(
+        self, x: float, y: float, w: float, h: float, text: str = "", *, modality: str = "neutral", new: bool = False,
+        frozen: bool = False, shared: bool = False, size: float = 10, weight: str = "normal", tag: str = "new",
+    ) -> Box:  # fmt: skip
+        """A module. `modality`: "image", "text", "fused" (both in one), "pair" (both side by side) or "neutral".
+
+        `new`, `frozen` and `shared` look as in the legend; `tag` are the words on a new box.
+        """
+        if modality not in FILLS:
+            raise ValueError(f"there is no modality {modality!r}: choose one of {', '.join(FILLS)}")
+        self._boxes += 1
+        name, edge = f"box {self._boxes}", NEW if new else EDGES[modality]
+        shape = self._outline(x, y, w, h, fill=True, facecolor=FILLS[modality], edgecolor=edge,
+                              linewidth=2.4 if new else 1.3, zorder=2, gid=name)  # fmt: skip
+        self.ax.add_patch(shape)
+        if modality == "pair":
+            half = Rectangle((x + w / 2, y), w / 2, h, facecolor=FILLS["text"], edgecolor="none", zorder=2)
+            self.ax.add_patch(half)
+            half.set_clip_path(shape)
+            self.ax.add_patch(self._outline(x, y, w, h, edgecolor=edge, linewidth=2.4 if new else 1.3, zorder=2.05))
+        if frozen:  # the hatch has its own paler colour, so that words stay readable
+            pale = EDGES[modality] + "50"
+            self.ax.add_patch(self._outline(x, y, w, h, hatch="////", edgecolor=pale, linewidth=0, zorder=2.1))
+        inset = 0.045 if shared else 0.0
+        if shared:
+            inner = (x + inset, y + inset, w - 2 * inset, h - 2 * inset)
+            self.ax.add_patch(self._outline(*inner, edgecolor=edge, linewidth=1.0, zorder=2.2))
+        if text:
+            room = (w - 0.08 - 2 * inset, h - 0.04 - 2 * inset)
+            lines, size = _fitted(text, *room, size, weight)
+            behind = {"facecolor": FILLS[modality], "edgecolor": "none", "pad": 1.0} if frozen else None
+            self.ax.text(x + w / 2, y + h / 2, lines, ha="center", va="center", fontsize=size, weight=weight, gid=name,
+                         color=INK, zorder=3, linespacing=1.15, bbox=behind, parse_math=False)  # fmt: skip
+        if new and tag:
+            self.tag(x + w, y + h, tag)
+        return Box(x, y, w, h)
+
+    @staticmethod
+    def _outline(x: float, y: float, w: float, h: float, *, fill: bool = False, **style: Any) -> FancyBboxPatch:
+        return FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=0.06", fill=fill, **style)
+
+    def tag(self, right: float, y: float, text: str, *, colour: str = NEW) -> None:
+        """A small label that sits on a box's upper edge and ends a little before its right corner."""
+        w = text_width(text, SMALLEST, "bold") + 0.1
+        x = right - w - 0.06
+        self.ax.add_patch(Rectangle((x, y - 0.085), w, 0.17, facecolor=colour, edgecolor=colour, zorder=4))
+        self.ax.text(x + w / 2, y - 0.005, text, ha="center", va="center", fontsize=SMALLEST, weight="bold",
+                     color="white", zorder=5)  # fmt: skip
+
+    def frame(
+        self, x: float, y: float, w: float, h: float, label: str = "", *, modality: str = "neutral", new: bool = False,
+        corner: str = "top left",
+    ) -> Box:  # fmt: skip
+        """A dashed outline around things that belong together, for instance the block that is repeated "L x"."""
+        edge = NEW if new else EDGES[modality]
+        self.ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=0.08", edgecolor=edge,
+                                         facecolor="none", linewidth=1.4, linestyle=(0, (4, 2)), zorder=1))  # fmt: skip
+        if label:
+            vertical, side = corner.split()
+            at = x + (0.09 if side == "left" else w - 0.09), y + (h - 0.06 if vertical == "top" else 0.06)
+            self.ax.text(*at, label, ha=side, va=vertical, fontsize=9, weight="bold", color=edge, parse_math=False)
+        return Box(x, y, w, h)
+
+    def arrow(
+        self, a: Box | tuple[float, float], b: Box | tuple[float, float], label: str | None = None, *,
+        start: str | None = None, end: str | None = None, at: tuple[float, float] = (0.5, 0.5),
+        bend: bool = False, middle: float = 0.5, dashed: bool = False, colour: str = QUIET, head: bool = True,
+        side: str | None = None, width: float | None = None, size: float = SMALLEST,
+    ) -> None:  # fmt: skip
+        """An arrow from box (or point) `a` to `b`, with a word beside it.
+
+        The sides are found from where the boxes lie unless `start` and `end` name them; `at` says where on each side.
+        Arrows between boxes that overlap sideways are exactly upright or level. `bend=True` routes at right angles, and
+        `middle` says where a route with two bends turns. `side` ("left", "right", "above", "below") places the label,
+        which is wrapped at `width` inches.
+        """
+        points = _route(a, b, start, end, at, bend, middle)
+        style = (0, (4, 2.5)) if dashed else "-"
+        (x0, y0), (x1, y1) = points[-2], points[-1]
+        length = float(np.hypot(x1 - x0, y1 - y0))
+        if length < 1e-6:
+            raise ValueError("an arrow has no length: its two ends are the same point")
+        if head:  # the line stops inside the arrow head, whose tip alone touches the box
+            ux, uy = (x1 - x0) / length, (y1 - y0) / length
+            back = (x1 - 0.11 * ux, y1 - 0.11 * uy)
+            tip = [(x1, y1), (back[0] - 0.045 * uy, back[1] + 0.045 * ux), (back[0] + 0.045 * uy, back[1] - 0.045 * ux)]
+            self.ax.add_patch(Polygon(tip, closed=True, facecolor=colour, edgecolor="none", zorder=1.8))
+            points = [*points[:-1], (x1 - 0.08 * ux, y1 - 0.08 * uy)]
+        xs, ys = zip(*points, strict=True)
+        self.ax.plot(xs, ys, color=colour, linewidth=1.4, linestyle=style, zorder=1.5, gid="arrow",
+                     solid_joinstyle="round", solid_capstyle="butt")  # fmt: skip
+        if label:
+            lengths = [abs(x1 - x0) + abs(y1 - y0) for (x0, y0), (x1, y1) in pairwise(points)]
+            k = int(np.argmax(lengths))
+            (x0, y0), (x1, y1) = points[k], points[k + 1]
+            level = abs(x1 - x0) >= abs(y1 - y0)
+            side = side or ("above" if level else "right")
+            dx, dy, ha, va = {
+                "above": (0, 0.03, "center", "bottom"), "below": (0, -0.04, "center", "top"),
+                "right": (0.06, 0, "left", "center"), "left": (-0.06, 0, "right", "center"),
+            }[side]  # fmt: skip
+            self.ax.text((x0 + x1) / 2 + dx, (y0 + y1) / 2 + dy, wrap(label, width or WIDTH, size), ha=ha, va=va,
+                         fontsize=size, color=colour if colour != QUIET else INK, linespacing=1.1, zorder=3,
+                         parse_math=False)  # fmt: skip
+
+    def tokens(
+        self, x: float, y: float, labels: Sequence[str], modality: str | Sequence[str] = "neutral", *,
+        side: float = 0.36, gap: float = 0.06, new: Sequence[int] = (), size: float = 9,
+    ) -> list[Box]:  # fmt: skip
+        """A row of squares, one a token, from `x` to the right. Modalities for all or one each; `new` lists indices."""
+        kinds = [modality] * len(labels) if isinstance(modality, str) else list(modality)
+        if len(kinds) != len(labels):
+            raise ValueError(f"{len(labels)} tokens have {len(kinds)} modalities: give one for all, or one each")
+        return [
+            self.box(x + i * (side + gap), y, side, side, label, modality=kind, new=i in new, size=size, tag="")
+            for i, (label, kind) in enumerate(zip(labels, kinds, strict=True))
+        ]
+
+    def loss(self, x: float, y: float, w: float, text: str, *, h: float = 0.34, new: bool = False) -> Box:
+        """A loss: white, with a thick dark outline, so that it is never taken for a module."""
+        self._boxes += 1
+        name, edge = f"box {self._boxes}", NEW if new else INK
+        self.ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=f"round,pad=0,rounding_size={h / 2}", facecolor="white",
+                                         edgecolor=edge, linewidth=2.2, zorder=2, gid=name))  # fmt: skip
+        lines, size = _fitted(text, w - 0.2, h - 0.06, 9, "bold")
+        self.ax.text(x + w / 2, y + h / 2, lines, ha="center", va="center", fontsize=size, weight="bold", color=edge,
+                     zorder=3, gid=name, parse_math=False)  # fmt: skip
+        if new:
+            self.tag(x + w, y + h, "new")
+        return Box(x, y, w, h)
+
+    def plus(self, x: float, y: float, *, radius: float = 0.12) -> Box:
+        """The place where two things are added, centred at (x, y)."""
+        self.ax.add_patch(Circle((x, y), radius, facecolor="white", edgecolor=INK, linewidth=1.3, zorder=2.5))
+        arm = 0.6 * radius
+        self.ax.plot([x - arm, x + arm], [y, y], color=INK, linewidth=1.3, zorder=2.6)
+        self.ax.plot([x, x], [y - arm, y + arm], color=INK, linewidth=1.3, zorder=2.6)
+        return Box(x - radius, y - radius, 2 * radius, 2 * radius)
+
+    def note(
+        self, x: float, y: float, text: str, *, width: float | None = None, size: float = 9, colour: str = INK,
+        ha: str = "left", va: str = "center", weight: str = "normal",
+    ) -> None:  # fmt: skip
+        """Words without a box, wrapped at `width` inches."""
+        self.ax.text(x, y, wrap(text, width or WIDTH, size, weight), ha=ha, va=va, fontsize=max(size, SMALLEST),
+                     color=colour, weight=weight, linespacing=1.2, zorder=3, parse_math=False)  # fmt: skip
+
+    def image(self, x: float, y: float, w: float, h: float, pixels: np.ndarray) -> Box:
+        """Pixels (rows, columns, 3) in a thin frame of the image's colour."""
+        self.ax.imshow(pixels, extent=(x, x + w, y, y + h), aspect="auto", interpolation="nearest", zorder=2)
+        self.ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=EDGES["image"], linewidth=1.0, zorder=2.5))
+        self.ax.set(xlim=(0, self.width), ylim=(0, self.height))
+        return Box(x, y, w, h)
+
+    def legend(self, x: float, y: float, items: Sequence[str], *, width: float | None = None) -> float:
+        """The legend's entries from (x, y) to the right, in further rows below where `width` inches are full.
+
+        Items: the modalities, "frozen", "shared" and "new". Returns the height used.
+        """
+        names = {"image": "image", "text": "text", "fused": "both in one", "pair": "both, side by side",
+                 "neutral": "neither", "frozen": "frozen", "shared": "shared weights", "new": "new here"}  # fmt: skip
+        if unknown := [item for item in items if item not in names]:
+            raise ValueError(f"the legend has no entry {unknown[0]!r}: choose from {', '.join(names)}")
+        left, row = x, 0
+        for item in items:
+            length = 0.4 + text_width(names[item], 9)
+            if left > x and left + length > x + (width or self.width - x):
+                left, row = x, row + 1
+            base = y - 0.28 * row
+            self.box(left, base, 0.34, 0.18, modality=item if item in FILLS else "neutral", new=item == "new",
+                     frozen=item == "frozen", shared=item == "shared", tag="")  # fmt: skip
+            self.note(left + 0.4, base + 0.09, names[item])
+            left += length + 0.2
+        return 0.28 * (row + 1)
+
+
+def _fitted(text: str, width: float, height: float, size: float, weight: str) -> tuple[str, float]:
+    """The text wrapped, at the largest size up to `size` points at which it fits without breaking a word."""
+    while True:
+        lines = wrap(text, width, size, weight)
+        broken = any(text_width(word, size, weight) > width for word in text.split())
+        if not broken and text_height(lines.count("\n") + 1, size) <= height:
+            return lines, size
+        if size <= SMALLEST:
+            raise ValueError(f"the text {text!r} does not fit a box {width:.2f} x {height:.2f} inches inside: "
+                             "make the box larger or the text shorter")  # fmt: skip
+        size = max(SMALLEST, size - 0.5)
+
+
+def _route(
+    a: Box | tuple[float, float], b: Box | tuple[float, float], start: str | None, end: str | None,
+    at: tuple[float, float], bend: bool, middle: float,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """The corners of an arrow's line."""
+    a, b = (p if isinstance(p, Box) else Box(*p, 0, 0) for p in (a, b))
+    gap_x = max(b.x - a.x - a.w, a.x - b.x - b.w)
+    gap_y = max(b.y - a.y - a.h, a.y - b.y - b.h)
+    level = gap_x >= gap_y
+    low, high = (max(a.y, b.y), min(a.y + a.h, b.y + b.h)) if level else (max(a.x, b.x), min(a.x + a.w, b.x + b.w))
+    facing = not (start or end or bend) and at == (0.5, 0.5) and low <= high  # they overlap: a straight line will do
+    if level:
+        auto = ("right", "left") if b.x >= a.x else ("left", "right")
+    else:
+        auto = ("top", "bottom") if b.y >= a.y else ("bottom", "top")
+    start, end = start or auto[0], end or auto[1]
+    p, q = a.side(start, at[0]), b.side(end, at[1])
+    if facing:
+        m = (low + high) / 2
+        return [(p[0], m), (q[0], m)] if level else [(m, p[1]), (m, q[1])]
+    if not bend:
+        return [p, q]
+    flat = [name in ("left", "right") for name in (start, end)]
+    if flat[0] and not flat[1]:
+        corners = [(q[0], p[1])]
+    elif flat[1] and not flat[0]:
+        corners = [(p[0], q[1])]
+    elif start == end:  # out and back on the same side: around by `middle` inches
+        far = {"left": min(p[0], q[0]) - middle, "right": max(p[0], q[0]) + middle,
+               "bottom": min(p[1], q[1]) - middle, "top": max(p[1], q[1]) + middle}[start]  # fmt: skip
+        corners = [(far, p[1]), (far, q[1])] if flat[0] else [(p[0], far), (q[0], far)]
+    elif flat[0]:
+        m = p[0] + middle * (q[0] - p[0])
+        corners = [(m, p[1]), (m, q[1])]
+    else:
+        m = p[1] + middle * (q[1] - p[1])
+        corners = [(p[0], m), (q[0], m)]
+    return [p, *corners, q]
+
+
+def legend_strip(items: Sequence[str] = ("image", "text", "fused", "neutral", "frozen", "shared", "new")) -> Figure:
+    """What colours, hatches and outlines mean, in one line or two."""
+    height = Canvas(WIDTH, 1.0).legend(0.1, 0.5, items, width=WIDTH - 0.2)
+    c = Canvas(WIDTH, height + 0.12)
+    c.legend(0.1, height - 0.14, items, width=WIDTH - 0.2)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViT
+
+
+def _example_picture() -> np.ndarray:
+    """A little picture (64, 64, 3) for drawings that are given none: a house on a meadow, and the sun."""
+    y, x = np.mgrid[0:64, 0:64]
+    pixels = np.empty((64, 64, 3), np.uint8)
+    pixels[:] = (188, 222, 245)
+    pixels[y > 44] = (139, 190, 110)
+    pixels[(x - 51) ** 2 + (y - 12) ** 2 < 49] = (250, 205, 80)
+    pixels[(y > 26) & (y < 54) & (x > 15) & (x < 43)] = (200, 75, 60)
+    pixels[(y > 10) & (y <= 26) & (abs(x - 29) < y - 9)] = (95, 65, 60)
+    pixels[(y > 38) & (y < 54) & (x > 25) & (x < 34)] = (70, 50, 48)
+    return pixels
+
+
+def vit_overview(image: Any = None) -> Figure:
+    """The whole ViT (paper, Fig. 1), drawn for a picture of 4 x 4 patches.
+
+    `image`: the picture to draw, (3, H, W) or PIL, whose sides are multiples of 4; without it a little house.
+    """
+    pixels = _example_picture() if image is None else picture(image)
+    H, W = pixels.shape[:2]
+    if H % 4 or W % 4:
+        raise ValueError(f"a {H}x{W} picture cannot be drawn as 4 x 4 patches: give one whose sides are multiples of 4")
+    c = Canvas(WIDTH, 5.5)
+    left, side, gap = 0.1, 0.33, 0.055
+    step = side + gap
+    shape_x = left + 17 * step + 0.14  # the column of shapes at the right
+    wide = 17 * step - gap
+    patch_x = [left + (i + 1) * step for i in range(16)]
+
+    # Bottom row: the picture beside its patches in reading order.
+    h, w = H // 4, W // 4
+    whole = c.image(left, 0.1, 1.05, 1.05, pixels)
+    for i, x in enumerate(patch_x):
+        r, k = divmod(i, 4)
+        patch = c.image(x, 1.55, side, side, pixels[r * h : (r + 1) * h, k * w : (k + 1) * w])
+        c.arrow(patch, (x + side / 2, 2.12))
+    for k in (0.25, 0.5, 0.75):
+        for xs, ys in (((left + 1.05 * k,) * 2, (0.1, 1.15)), ((left, left + 1.05), (0.1 + 1.05 * k,) * 2)):
+            c.ax.plot(xs, ys, color="white", linewidth=1, zorder=2.6)
+    c.arrow(whole, Box(patch_x[0], 1.55, 16 * step - gap, side), start="right", end="bottom", bend=True, at=(0.5, 0.2))
+    c.note(1.9, 0.9, "cut into N patches of P × P pixels, in reading order", width=4.5)
+    c.note(shape_x, 0.62, "(3, H, W)")
+    c.note(shape_x, 1.55 + side / 2, "(N, 3·P·P)")
+
+    same = "one linear layer, the same for every patch"
+    linear = c.box(patch_x[0], 2.12, 16 * step - gap, 0.34, same, modality="image")
+    c.note(shape_x, 2.29, "W: (3·P·P, D)", size=8)
+    row = c.tokens(left, 2.78, ["CLS", *map(str, range(1, 17))], "image", side=side, gap=gap, size=8)
+    for box, x in zip(row[1:], patch_x, strict=True):
+        c.arrow((x + side / 2, linear.y + linear.h), box)
+    c.note(left, 2.29, "class\ntoken", size=8)
+    c.arrow((left + side / 2, 2.46), row[0])
+    c.note(shape_x, 2.78 + side / 2, "(1 + N, D)")
+    places = c.tokens(left, 3.36, [str(i) for i in range(17)], "neutral", side=side, gap=gap, size=8)
+    for place, box in zip(places, row, strict=True):
+        c.note(place.x + side / 2, (place.y + box.y + side) / 2, "+", ha="center", size=11)
+    c.note(shape_x, 3.36 + side / 2, "positions\n(1 + N, D)", size=8)
+    every = "L encoder blocks: every token looks at every token"
+    blocks = c.box(left, 4.0, wide, 0.5, every, modality="image", size=11)
+    for place in places:
+        c.arrow(place, blocks)
+    c.note(shape_x, 4.25, "(1 + N, D)")
+    y = 4.98
+    norm = c.box(left, y, 1.15, 0.4, "LayerNorm", modality="image")
+    head = c.box(left + 2.55, y, 1.5, 0.4, "head: linear", modality="image")
+    scores = c.loss(left + 5.0, y + 0.03, 1.5, "class scores")
+    c.arrow((left + side / 2, blocks.y + blocks.h), (left + side / 2, norm.y))
+    c.note(left + side / 2 + 0.12, 4.73, "the class token alone", size=8)
+    c.arrow(norm, head, "(D)")
+    c.arrow(head, scores, "(K)")
+    return c.fig
+
+
+def _block(c: Canvas, x: float, y: float, norm: str, *, accent: bool = False, details: bool = True) -> float:
+    """Draw one encoder block upwards from (x, y), x being the stream. Returns the height used."""
+    w, h, gap = 2.3, 0.42, 0.22
+    attention, mlp = "multi-head attention", "MLP"
+    order = ["norm", attention, "+", "norm", mlp, "+"] if norm == "pre" else [attention, "+", "norm", mlp, "+", "norm"]
+    c.note(x, y, "z  (T, D)", ha="center", va="bottom")
+    below: Box | tuple[float, float] = (x, y + 0.22)
+    branch = y + 0.36  # where the shortcut leaves the stream
+    level, last_plus = y + 0.22 + 0.32, None
+    for item in order:
+        if item == "+":
+            circle = c.plus(x, level + 0.12)
+            c.arrow(below, circle)
+            c.arrow((x, branch), circle, start="left", end="left", bend=True, middle=w / 2 + 0.22)
+            below, last_plus = circle, circle
+            level += 0.24 + gap
+            branch = circle.y + circle.h + 0.1
+            level += 0.1
+            continue
+        text = "LayerNorm" if item == "norm" else item
+        box = c.box(x - w / 2, level, w, h, text, modality="neutral" if item == "norm" else "image",
+                    new=accent and item == "norm", tag="")  # fmt: skip
+        c.arrow(below, box)
+        if details:
+            _details(c, x + w / 2 + 0.3, level + h / 2, item)
+        if item == "norm" and norm == "post" and last_plus is not None:
+            branch = level + h + 0.1  # after post-norm the shortcut starts at the normalised stream
+        below = box
+        level += h + gap + (0.1 if item == "norm" and norm == "post" else 0)
+    c.arrow(below, (x, level + 0.1))
+    c.note(x, level + 0.12, "z′  (T, D)", ha="center", va="bottom")
+    return level + 0.3 - y
+
+
+def _details(c: Canvas, x: float, y: float, item: str) -> None:
+    text = {
+        "norm": "each token: minus its mean, divided by its standard deviation, times γ, plus β",
+        "multi-head attention": "q, k, v: three linear D → D, cut into h heads\n"
+        "softmax(q kᵀ / √(D/h)) v in each, joined, linear D → D",
+        "MLP": "linear D → 4D, GELU, linear 4D → D; each token alone",
+    }[item]
+    c.note(x, y, text, width=3.5, size=8.5, colour=QUIET)
+
+
+def vit_block(norm: str = "pre") -> Figure:
+    """One encoder block in detail: "pre" as in ViT (eq. 2-3), or "post" as in BERT."""
+    if norm not in ("pre", "post"):
+        raise ValueError(f"norm={norm!r}: choose 'pre' or 'post'")
+    height = {"pre": 4.95, "post": 5.2}[norm]
+    c = Canvas(6.9, height)
+    formula = {"pre": "z ← z + MSA(LN(z)),  then  z ← z + MLP(LN(z))",
+               "post": "z ← LN(z + MSA(z)),  then  z ← LN(z + MLP(z))"}[norm]  # fmt: skip
+    c.note(0.15, height - 0.15, f"{norm}-norm block:  {formula}", weight="bold", size=10)
+    _block(c, 1.75, 0.1, norm)
+    return c.fig
+
+
+def norm_placement() -> Figure:
+    """Pre-norm (ViT) and post-norm (BERT, the original transformer) beside each other, their LayerNorms marked."""
+    c = Canvas(7.2, 5.4)
+    for x, norm, title, text in (
+        (1.8, "pre", "pre-norm (ViT)", "an open way for the gradient from end to start"),
+        (5.4, "post", "post-norm (BERT)", "the gradient must pass every LayerNorm"),
+    ):
+        c.note(x, 5.26, title, weight="bold", size=11, ha="center")
+        c.note(x, 5.02, text, ha="center", colour=QUIET)
+        _block(c, x, 0.08, norm, accent=True, details=False)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps of the course
+
+LESSONS = {  # number -> name, what it is, the modality of its colour
+    "01": ("ViT", "image encoder", "image"),
+    "02": ("ViLT", "single stream", "fused"),
+    "03": ("CLIP", "dual encoder", "pair"),
+    "04": ("FLIP", "dual encoder", "pair"),
+    "05": ("ALBEF", "dual + fusion", "fused"),
+    "06": ("VLMo", "one network with experts", "fused"),
+    "07": ("BLIP", "understanding + generation", "fused"),
+    "08": ("BLIP-2", "frozen parts + Q-Former", "fused"),
+}
+
+
+def course_map(highlight: str | int | None = None) -> Figure:
+    """The eight models by family, and what each takes from earlier ones.
+
+    `highlight`, a lesson's number or name ("01_vit"), marks it "you are here" and its incoming arrows.
+    """
+    here = None
+    if highlight is not None:
+        here = f"{highlight:02d}" if isinstance(highlight, int) else str(highlight)[:2]
+        if here not in LESSONS:
+            raise ValueError(f"there is no lesson {highlight!r}: choose a number from 1 to 8")
+    c = Canvas(WIDTH, 5.85)
+    for y, h, title in (
+        (4.68, 1.12, "one deep network for both"),
+        (1.55, 2.95, "both routes in one model"),
+        (0.08, 1.3, "two encoders, compared at the end"),
+    ):
+        c.ax.add_patch(Rectangle((2.2, y), WIDTH - 2.3, h, facecolor="#F5F5F5", edgecolor="none", zorder=0))
+        c.note(WIDTH - 0.18, y + h - 0.14, title, weight="bold", colour=QUIET, ha="right")
+    w, h = 1.45, 0.75
+    places = {
+        "01": (0.15, 2.25), "02": (2.35, 4.85), "05": (2.35, 1.9), "03": (2.35, 0.25), "06": (4.5, 3.33),
+        "07": (4.5, 1.9), "04": (4.5, 0.25), "08": (6.55, 1.9),
+    }  # fmt: skip
+    boxes = {}
+    for number, (x, y) in places.items():
+        name, family, modality = LESSONS[number]
+        words = f"{number}  {name}\n{family}"
+        boxes[number] = c.box(x, y, w, h, words, modality=modality, size=9.5, new=number == here, tag="you are here")
+
+    def reuse(a: str, b: str, what: str, **route: Any) -> None:
+        c.arrow(boxes[a], boxes[b], what, colour=NEW if b == here else QUIET, **route)
+
+    reuse("01", "02", "patches, blocks", start="top", end="left", bend=True, at=(0.2, 0.5), width=0.8)
+    reuse("01", "03", "the image tower", start="bottom", end="left", bend=True, at=(0.2, 0.5), width=0.8)
+    reuse("02", "05", "ITM, MLM", at=(0.2, 0.2))
+    reuse("03", "05", "contrast (ITC)", at=(0.2, 0.2))
+    reuse("03", "04", "fewer patches", width=0.7)
+    reuse("02", "06", "one stream", start="right", end="top", bend=True, at=(0.5, 0.2))
+    reuse("05", "06", "hard negatives", start="right", end="left", bend=True, at=(0.75, 0.5), side="right", width=0.7)
+    reuse("05", "07", "ITC, ITM", at=(0.4, 0.4), side="below")
+    reuse("07", "08", "ITC, ITM, LM", side="above", width=0.55)
+    return c.fig
+
+
+def family_map() -> Figure:
+    """Four families by how large their parts are (ViLT, Fig. 2): the higher a box, the more it computes."""
+    c = Canvas(WIDTH, 3.85)
+    panels = (  # heights of visual embedder, textual embedder and interaction, in inches
+        ("(a)  VE > TE > MI", 1.25, 0.8, 0.4, "VSE++, SCAN", ""),
+        ("(b)  VE = TE > MI", 1.05, 1.05, 0.4, "CLIP, FLIP", "lessons 03, 04"),
+        ("(c)  VE > MI > TE", 1.25, 0.4, 0.8, "ViLBERT, UNITER, LXMERT", ""),
+        ("(d)  MI > VE = TE", 0.4, 0.4, 1.25, "ViLT", "lesson 02"),
+    )
+    w, floor = 0.88, 0.95
+    for k, (title, ve, te, mi, names, lessons) in enumerate(panels):
+        x = 0.12 + k * 2.06
+        c.note(x + w + 0.05, 3.68, title, weight="bold", size=10, ha="center")
+        ceiling = floor + max(ve, te) + 0.3
+        image = c.box(x, floor, w, ve, "visual embedder", modality="image", size=9)
+        text = c.box(x + w + 0.1, floor, w, te, "textual embedder", modality="text", size=9)
+        both = c.box(x, ceiling, 2 * w + 0.1, mi, "modality interaction", modality="fused", size=9)
+        for part in (image, text):
+            c.arrow(part, both)
+        c.note(x + w + 0.05, 0.75, names, size=8.5, ha="center")
+        if lessons:
+            c.note(x + w + 0.05, 0.56, lessons, size=8.5, ha="center", weight="bold")
+    later = (
+        "ALBEF, VLMo, BLIP and BLIP-2 came after this figure: large embedders and a deep interaction, with a second, "
+        "dual route for search."
+    )
+    c.note(0.12, 0.22, later, width=WIDTH - 0.24, colour=QUIET)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention masks
+
+
+def attention_mask(
+    mask: Any, row_labels: Sequence[str], col_labels: Sequence[str] | None = None, *,
+    groups: Sequence[str] | None = None, col_groups: Sequence[str] | None = None, title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Who may look at whom: mask (T, S) boolean, True = the row's token may look at the column's.
+
+    `groups` gives the modality of each row ("image", "text", "fused", "neutral"), `col_groups` of each column; in
+    self-attention, where T = S, labels and groups of the columns are those of the rows. A cell has the colour of the
+    modality it reads, and purple where it crosses from image to text or back.
+    """
+    m = array(mask, "mask", ndim=2)
+    if m.dtype != bool:
+        raise ValueError(f"mask must be boolean (True = may look), not {m.dtype}: write mask.bool() or mask == 0")
+    T, S = m.shape
+    col_labels = row_labels if col_labels is None else col_labels
+    col_groups = groups if col_groups is None and T == S else col_groups
+    for name, values, n in (("row_labels", row_labels, T), ("col_labels", col_labels, S),
+                            ("groups", groups, T), ("col_groups", col_groups, S)):  # fmt: skip
+        if values is not None and len(values) != n:
+            raise ValueError(f"{name} has {len(values)} entries for a mask of shape {m.shape}: give {n}")
+    if (groups is None) != (col_groups is None):
+        raise ValueError("rows or columns have no modalities: give both groups and col_groups, or neither")
+    rows, columns = groups or ["neutral"] * T, col_groups or ["neutral"] * S
+    if unknown := [g for g in (*rows, *columns) if g not in STRONG]:
+        raise ValueError(f"there is no modality {unknown[0]!r}: choose one of {', '.join(STRONG)}")
+
+    row_labels, col_labels = [str(label) for label in row_labels], [str(label) for label in col_labels]
+
+    def cross(a: str, b: str) -> str:
+        return "fused" if {a, b} == {"image", "text"} else b
+
+    words = {"image": "looks at image", "text": "looks at text", "fused": "crosses over", "neutral": "may look"}
+    used = {cross(rows[r], columns[k]) for r, k in zip(*np.nonzero(m), strict=True)}
+    legend = [(STRONG[kind], words[kind]) for kind in STRONG if kind in used] + [("white", "may not")] * (not m.all())
+
+    size = 9.0
+    beside = 0.5 + max(text_width(label, size) for label in row_labels)
+    cell = min(0.4, max(5.8 / T, 0.1), (WIDTH - beside - 0.15) / S)
+    turned = any(text_width(label, size) > cell - 0.04 for label in col_labels)
+    above = 0.5 + (max(text_width(label, size) for label in col_labels) if turned else 0.1)
+    width = max(beside + max(S * cell, 0.7) + 0.15, 0.1 + sum(text_width(word, size) + 0.4 for _, word in legend))
+    heading = wrap(title, width - 0.16, 11, "bold") if title else ""
+    head = text_height(heading.count("\n") + 1, 11) + 0.1 if title else 0.05
+    foot = 0.36
+    c = Canvas(width, foot + T * cell + above + head)
+    left, top = beside, foot + T * cell
+
+    cells = [STRONG[cross(rows[r], columns[k])] if m[r, k] else "white" for r in range(T) for k in range(S)]
+    place = (left, left + S * cell, foot, top)
+    c.ax.imshow(to_rgba_array(cells).reshape(T, S, 4), extent=place, aspect="auto", interpolation="nearest")
+    c.ax.set(xlim=(0, c.width), ylim=(0, c.height))
+    c.ax.vlines(left + np.arange(S + 1) * cell, foot, top, color="#C8C8C8", linewidth=0.7)
+    c.ax.hlines(foot + np.arange(T + 1) * cell, left, left + S * cell, color="#C8C8C8", linewidth=0.7)
+    if cell >= 0.2:  # a second sign beside the colour
+        r, k = np.nonzero(m)
+        c.ax.plot(left + (k + 0.5) * cell, top - (r + 0.5) * cell, "o", color="white", markersize=14 * cell, zorder=2.5)
+    for r in range(1, T):  # a strong line where the modality changes
+        if rows[r] != rows[r - 1]:
+            c.ax.plot([left, left + S * cell], [top - r * cell] * 2, color=INK, linewidth=1.6, zorder=3)
+    for k in range(1, S):
+        if columns[k] != columns[k - 1]:
+            c.ax.plot([left + k * cell] * 2, [foot, top], color=INK, linewidth=1.6, zorder=3)
+    step = 1 + int(0.15 / cell)  # rather leave labels out than print one over another
+    for r in range(0, T, step):
+        c.ax.text(left - 0.07, top - (r + 0.5) * cell, row_labels[r], ha="right", va="center", fontsize=size,
+                  color=EDGES[rows[r]], parse_math=False)  # fmt: skip
+    for k in range(0, S, step):
+        c.ax.text(left + (k + 0.5) * cell, top + 0.06, col_labels[k], ha="center", va="bottom", fontsize=size,
+                  rotation=90 if turned else 0, color=EDGES[columns[k]], parse_math=False)  # fmt: skip
+    c.ax.text(0.12, (foot + top) / 2, "who looks", rotation=90, ha="center", va="center", fontsize=9, weight="bold")
+    c.note(left, top + above - 0.12, "at whom", weight="bold")
+    c.note(0.08, c.height - 0.06, heading, size=11, weight="bold", va="top")
+    x = 0.08
+    for colour, word in legend:
+        c.ax.add_patch(Rectangle((x, 0.08), 0.16, 0.16, facecolor=colour, edgecolor="#C8C8C8", linewidth=0.7))
+        c.note(x + 0.22, 0.16, word)
+        x += text_width(word, size) + 0.4
+    return c.fig

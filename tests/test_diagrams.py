@@ -1,0 +1,240 @@
+"""Drawings: words fit their boxes, nothing lies over words, colours tell modalities apart, bad input is explained."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.path import Path
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from minivlp import diagrams
+from minivlp.diagrams import Canvas
+from minivlp.plots import use_style
+
+
+@pytest.fixture(autouse=True)
+def style():
+    use_style()
+
+
+TOKENS = ["query 1", "query 2", "[DEC]", "a", "red", "umbrella"]
+MASK = np.tril(np.ones((6, 6), bool))
+
+DRAWINGS = {
+    "legend_strip": diagrams.legend_strip,
+    "vit_overview": diagrams.vit_overview,
+    "vit_block": diagrams.vit_block,
+    "vit_block post": lambda: diagrams.vit_block("post"),
+    "norm_placement": diagrams.norm_placement,
+    "course_map": diagrams.course_map,
+    **{f"course_map {n}": lambda n=n: diagrams.course_map(n) for n in range(1, 9)},
+    "family_map": diagrams.family_map,
+    "attention_mask": lambda: diagrams.attention_mask(
+        MASK,
+        TOKENS,
+        groups=["image"] * 2 + ["text"] * 4,
+        title="A rather long title over a small mask, which must be wrapped",
+    ),
+    "attention_mask cross": lambda: diagrams.attention_mask(
+        np.ones((6, 65), bool), TOKENS, range(65), groups=["text"] * 6, col_groups=["image"] * 65
+    ),
+    "attention_mask large": lambda: diagrams.attention_mask(np.eye(60, dtype=bool), range(60)),
+    "attention_mask tiny": lambda: diagrams.attention_mask([[True]], ["a"]),
+}
+every_drawing = pytest.mark.parametrize("name", DRAWINGS)
+
+
+def words(fig: Figure) -> list[Text]:
+    return [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
+
+
+def extent(text: Text) -> Bbox:
+    """The box of the letters themselves, without the background some have."""
+    return Text.get_window_extent(text)
+
+
+def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
+    boxes = [(t.get_text(), extent(t)) for t in texts]
+    return [(a, b) for (a, p), (b, q) in itertools.combinations(boxes, 2) if p.overlaps(q)]
+
+
+@every_drawing
+def test_words_lie_inside_the_figure_and_never_on_each_other(name):
+    fig = DRAWINGS[name]()
+    texts = words(fig)
+    assert texts
+    outside = [t.get_text() for t in texts if not _contains(fig.bbox, extent(t))]
+    assert not outside
+    assert not overlapping(texts)
+
+
+@every_drawing
+def test_text_fits_its_box(name):
+    fig = DRAWINGS[name]()
+    shapes = {p.get_gid(): p for p in fig.findobj(FancyBboxPatch) if p.get_gid()}
+    for text in words(fig):
+        if text.get_gid():
+            assert _contains(shapes[text.get_gid()].get_window_extent(), extent(text)), text.get_text()
+
+
+@every_drawing
+def test_no_arrow_runs_through_words(name):
+    fig = DRAWINGS[name]()
+    arrows = [line.get_transform().transform_path(Path(line.get_xydata()))
+              for line in fig.findobj(Line2D) if line.get_gid() == "arrow"]  # fmt: skip
+    crossed = [t.get_text() for t in words(fig) for path in arrows if path.intersects_bbox(extent(t), filled=False)]
+    assert not crossed
+
+
+@every_drawing
+def test_readable_at_the_width_of_a_notebook(name):
+    fig = DRAWINGS[name]()
+    assert fig.get_figwidth() * fig.dpi <= 830
+    assert fig.get_figheight() * fig.dpi <= 830
+    assert min(t.get_fontsize() for t in words(fig)) >= 8
+
+
+@every_drawing
+def test_every_drawing_is_described_and_the_same_each_time(name):
+    assert len(diagrams.alt_text[name.split()[0]].split()) >= 15
+    assert _png(DRAWINGS[name]()) == _png(DRAWINGS[name]())
+
+
+def test_descriptions_belong_to_drawings():
+    assert all(callable(getattr(diagrams, name)) for name in diagrams.alt_text)
+
+
+def test_modalities_differ_in_colour_and_words_stand_out():
+    for table in (diagrams.FILLS, diagrams.EDGES, diagrams.STRONG):
+        kinds = [k for k in table if k != "pair"]
+        for a, b in itertools.combinations(kinds, 2):
+            assert np.abs(np.subtract(to_rgb(table[a]), to_rgb(table[b]))).max() > 0.08, (a, b)
+    assert min(_contrast(diagrams.INK, fill) for fill in diagrams.FILLS.values()) > 7
+    assert min(_contrast(edge, "white") for edge in diagrams.EDGES.values()) > 4
+    assert _contrast("white", diagrams.NEW) > 4.5
+
+
+def test_frozen_is_hatched_shared_has_two_outlines_new_has_a_tag():
+    def shapes(**kind):
+        c = Canvas(3, 2)
+        c.box(0.5, 0.5, 1.5, 0.6, "encoder", **kind)
+        return c.fig.findobj(FancyBboxPatch), [t.get_text() for t in words(c.fig)]
+
+    plain, texts = shapes()
+    assert len(plain) == 1 and not plain[0].get_hatch() and texts == ["encoder"]
+    frozen, _ = shapes(frozen=True)
+    assert any(p.get_hatch() for p in frozen)
+    shared, _ = shapes(shared=True)
+    assert len(shared) == 2 and not any(p.get_hatch() for p in shared)
+    new, texts = shapes(new=True)
+    assert to_rgb(new[0].get_edgecolor()[:3]) == to_rgb(diagrams.NEW) and "new" in texts
+
+
+def test_long_words_shrink_or_wrap_and_are_refused_when_they_cannot_fit():
+    c = Canvas(4, 2)
+    c.box(0.1, 0.1, 1.3, 0.8, "multi-head cross-attention, queries from text", size=12)
+    (text,) = words(c.fig)
+    assert "\n" in text.get_text() and 8 <= text.get_fontsize() < 12
+    with pytest.raises(ValueError, match="make the box larger"):
+        c.box(0.1, 1.1, 0.5, 0.2, "multi-head cross-attention")
+
+
+def test_arrows_find_their_sides():
+    c = Canvas(6, 4)
+    a, b, above = c.box(0.5, 0.5, 1, 0.5), c.box(3, 0.6, 1, 0.5), c.box(0.7, 3, 1, 0.5)
+
+    def points():
+        return [line for line in c.fig.findobj(Line2D) if line.get_gid() == "arrow"][-1].get_xydata()
+
+    c.arrow(a, b, "level")
+    (x0, y0), (x1, y1) = points()
+    assert x0 == 1.5 and 2.9 < x1 <= 3 and y0 == y1  # level, though the boxes are not equally high up
+    c.arrow(b, a)
+    assert points()[0][0] == 3
+    c.arrow(a, above)
+    (x0, y0), (x1, y1) = points()
+    assert x0 == x1 and y0 == 1.0 and y1 > 2.85
+    c.arrow(a, above, start="left", end="left", bend=True, middle=0.3)
+    assert points()[:, 0].min() == pytest.approx(0.2)
+    c.arrow(above, b, start="right", end="top", bend=True)
+    corners = points()
+    assert len(corners) == 3 and all((np.diff(corners, axis=0) == 0).any(axis=1))
+
+
+def test_overview_shows_the_given_picture():
+    red = np.zeros((3, 32, 32), np.uint8)
+    red[0] = 255
+    assert _png(diagrams.vit_overview(red)) != _png(diagrams.vit_overview())
+
+
+def test_mask_drawing_marks_exactly_the_allowed_pairs():
+    fig = diagrams.attention_mask(MASK, TOKENS, groups=["image"] * 2 + ["text"] * 4)
+    (dots,) = [line for line in fig.findobj(Line2D) if line.get_marker() == "o"]
+    assert len(dots.get_xdata()) == MASK.sum()
+    xs, ys = (sorted(set(np.round(v, 4))) for v in (dots.get_xdata(), dots.get_ydata()))
+    drawn = {(len(ys) - 1 - ys.index(round(y, 4)), xs.index(round(x, 4))) for x, y in dots.get_xydata()}
+    assert drawn == set(zip(*map(list, np.nonzero(MASK)), strict=True))
+    legend = [t.get_text() for t in words(fig)]
+    assert {"looks at image", "looks at text", "crosses over", "may not"} <= set(legend)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: diagrams.vit_block("middle"), "choose 'pre' or 'post'"),
+        (lambda: diagrams.course_map(9), "choose a number from 1 to 8"),
+        (lambda: diagrams.vit_overview(np.zeros((3, 30, 30), np.uint8)), "multiples of 4"),
+        (lambda: diagrams.attention_mask(np.ones((2, 2)), ["a", "b"]), "must be boolean"),
+        (lambda: diagrams.attention_mask(np.ones((2, 2, 2), bool), ["a", "b"]), "must have 2 dimensions"),
+        (lambda: diagrams.attention_mask(np.ones((2, 3), bool), ["a", "b"]), "col_labels has 2 entries"),
+        (lambda: diagrams.attention_mask(MASK, TOKENS, groups=["image"]), "groups has 1 entries"),
+        (lambda: diagrams.attention_mask(MASK, TOKENS, groups=["sound"] * 6), "no modality 'sound'"),
+        (lambda: diagrams.attention_mask(MASK[:2], TOKENS[:2], TOKENS, groups=["text"] * 2), "give both"),
+        (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),
+        (lambda: Canvas(20, 3), "8.2 at most"),
+        (lambda: Canvas(3, 3).box(0, 0, 1, 1, modality="sound"), "no modality 'sound'"),
+        (lambda: Canvas(3, 3).arrow((1, 1), (1, 1)), "no length"),
+        (lambda: Canvas(3, 3).tokens(0, 0, ["a", "b"], ["text"]), "2 tokens have 1 modalities"),
+        (lambda: diagrams.Box(0, 0, 1, 1).side("north"), "choose left, right, top or bottom"),
+    ],
+)
+def test_mistakes_are_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_checks_of_this_file_notice_bad_drawings():
+    c = Canvas(4, 1)
+    c.note(1, 0.5, "one text")
+    c.note(1.2, 0.5, "over another")
+    assert overlapping(words(c.fig))
+    c.note(3.9, 0.2, "cut at the edge")
+    assert not all(_contains(c.fig.bbox, extent(t)) for t in words(c.fig))
+
+
+def _contains(outer: Bbox, inner: Bbox, slack: float = 0.5) -> bool:
+    return (outer.x0 - slack <= inner.x0 and inner.x1 <= outer.x1 + slack
+            and outer.y0 - slack <= inner.y0 and inner.y1 <= outer.y1 + slack)  # fmt: skip
+
+
+def _png(fig: Figure) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _contrast(a: str, b: str) -> float:
+    def light(colour: str) -> float:
+        parts = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)]
+        return float(np.dot(parts, (0.2126, 0.7152, 0.0722)))
+
+    high, low = sorted((light(a), light(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -1,0 +1,219 @@
+"""Every metric against numbers worked out by hand or by another library."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import Tensor, nn
+
+from minivlp.evaluate import (
+    accuracy,
+    attention_distance,
+    confusion,
+    k_per_class,
+    mean_and_spread,
+    predict,
+    ridge_probe,
+)
+from minivlp.models.cnn import ResNetConfig, SmallResNet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# --- predicting ------------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Its answers betray training mode (dropout, batch norm), gradients and the size of the batch it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.drop = nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Dropout(0.5)
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        self.sizes.append(len(x))
+        pooled = self.drop(self.norm(self.fc(x)))
+        return 2 * pooled, {"pooled": pooled}
+
+
+def test_predict_is_the_forward_pass_in_eval_mode():
+    model, x = Noisy().train(), torch.randn(7, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    scores, features = predict(model, x, batch_size=3)
+    assert model.sizes == [3, 3, 1]
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    expected = model.eval()(x)[1]["pooled"].detach()
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores, 2 * expected, rtol=0, atol=1e-6)
+    assert not scores.requires_grad and not features.requires_grad
+    predict(model, x)
+    assert not model.training
+
+
+def test_predict_takes_pictures_as_they_are_stored_and_gives_float32():
+    model = SmallResNet(ResNetConfig(widths=(4, 6), blocks=1)).double()
+    model.forward = lambda images, forward=model.forward: forward((images.double() / 127.5) - 1)
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    scores, features = predict(model, images, batch_size=2)
+    assert (scores.dtype, features.dtype) == (torch.float32, torch.float32)
+    assert (scores.shape, features.shape) == ((5, 12), (5, 6))
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+SCORES = torch.tensor([[0.1, 0.9, 0.0], [5.0, 4.0, 3.0], [0.0, 0.0, 1.0], [-3.0, -1.0, -2.0]])  # says 1, 0, 2, 1
+LABELS = torch.tensor([1, 2, 2, 0])
+
+
+def test_accuracy_by_hand():
+    assert accuracy(SCORES, LABELS) == 0.5
+    assert accuracy(SCORES, torch.tensor([1, 0, 2, 1])) == 1.0
+    assert accuracy(SCORES, torch.tensor([0, 1, 0, 0])) == 0.0
+
+
+def test_confusion_has_the_truth_in_rows():
+    counts = confusion(SCORES, LABELS)
+    assert counts.tolist() == [[0, 1, 0], [0, 1, 0], [1, 0, 1]]
+    assert isinstance(counts, np.ndarray)
+    assert confusion(SCORES[:1], LABELS[:1]).shape == (3, 3)  # classes that do not occur have rows as well
+
+
+def test_mean_and_spread_by_hand():
+    assert mean_and_spread([2.0, 4.0, 6.0]) == (4.0, 2.0)  # squares 4 + 0 + 4, over n - 1 = 2
+    assert mean_and_spread([0.5]) == (0.5, 0.0)
+    assert mean_and_spread(torch.tensor([1.0, 1.0])) == (1.0, 0.0)
+
+
+# --- few-shot probe --------------------------------------------------------------------------------------------------
+
+
+def probe_data() -> tuple[Tensor, Tensor, Tensor]:
+    """Unbalanced classes and features of very different offset and scale: standardisation and bias must matter."""
+    labels = torch.tensor([0] * 14 + [1] * 5 + [2] * 3)
+    scale, offset = torch.tensor([1.0, 30.0, 0.01, 5.0]), torch.tensor([3.0, -50.0, 0.2, 0.0])
+    train = (torch.randn(22, 4) + nn.functional.one_hot(labels, 4)) * scale + offset
+    return train, labels, torch.randn(6, 4) * scale + offset
+
+
+def least_squares(train: Tensor, labels: Tensor, test: Tensor, l2: float) -> np.ndarray:
+    """The same problem by stacking sqrt(l2 N) under the features, with a bias column that gets no such row."""
+    x, z = train.double().numpy(), test.double().numpy()
+    mean, std = x.mean(0), x.std(0)
+    x, z = (x - mean) / std, (z - mean) / std
+    n, d = x.shape
+    y = np.where(labels.numpy()[:, None] == np.arange(3), 1.0, -1.0)
+    top = np.hstack([x, np.ones((n, 1))])
+    bottom = np.hstack([math.sqrt(l2 * n) * np.eye(d), np.zeros((d, 1))])
+    weights, *_ = linalg.lstsq(np.vstack([top, bottom]), np.vstack([y, np.zeros((d, 3))]))
+    return np.hstack([z, np.ones((len(z), 1))]) @ weights
+
+
+@pytest.mark.parametrize("l2", [0.01, 1.0, 100.0])
+def test_ridge_probe_is_regularised_least_squares_with_a_free_bias(l2):
+    train, labels, test = probe_data()
+    scores = ridge_probe(train, labels, test, classes=3, l2=l2)
+    assert scores.dtype == torch.float32
+    np.testing.assert_allclose(scores.numpy(), least_squares(train, labels, test, l2), atol=1e-5)
+    # The input matters, or this would compare constants.
+    assert scores.std(0).min() > 1e-3
+
+
+def test_the_bias_of_the_probe_is_not_regularised():
+    """Under a huge penalty only the bias is left: the mean target, 2 * share - 1."""
+    train, labels, test = probe_data()
+    scores = ridge_probe(train, labels, test, classes=3, l2=1e9)
+    expected = 2 * torch.tensor([14, 5, 3]) / 22 - 1
+    torch.testing.assert_close(scores, expected.expand(6, 3), rtol=0, atol=1e-5)
+
+
+def test_the_probe_does_not_care_for_the_scale_of_features_nor_for_dead_ones():
+    train, labels, test = probe_data()
+    scores = ridge_probe(train, labels, test, classes=3)
+    scaled = ridge_probe(1000 * train + 7, labels, 1000 * test + 7, classes=3)
+    torch.testing.assert_close(scaled, scores, atol=1e-3, rtol=0)
+    dead, dead_test = (torch.cat([x, torch.full((len(x), 1), 4.0)], 1) for x in (train, test))
+    torch.testing.assert_close(ridge_probe(dead, labels, dead_test, classes=3), scores, atol=1e-6, rtol=0)
+
+
+def test_the_probe_leaves_room_for_classes_without_an_example():
+    train, labels, test = probe_data()
+    scores = ridge_probe(train, labels, test, classes=5)
+    assert scores.shape == (6, 5)
+    torch.testing.assert_close(scores[:, 3:], torch.full((6, 2), -1.0))
+
+
+def test_the_probe_reads_what_is_linear():
+    x = torch.randn(300, 8)
+    labels = x[:, :3].argmax(1)
+    assert accuracy(ridge_probe(x[:200], labels[:200], x[200:], classes=3, l2=0.01), labels[200:]) > 0.85
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_k_per_class_takes_k_different_ones_of_each():
+    labels = torch.tensor([3, 1, 1, 3, 7, 7, 1, 3, 7, 1])
+    chosen = k_per_class(labels, 2)
+    assert len(set(chosen.tolist())) == 6
+    assert labels[chosen].tolist() == [1, 1, 3, 3, 7, 7]
+
+
+def test_k_per_class_depends_on_its_seed_alone():
+    labels = torch.arange(4).repeat(50)
+    first = k_per_class(labels, 5, seed=1)
+    state = torch.get_rng_state()
+    torch.rand(10)
+    assert torch.equal(k_per_class(labels, 5, seed=1), first)
+    assert not torch.equal(k_per_class(labels, 5, seed=2), first)
+    torch.set_rng_state(state)
+    after = torch.rand(1)
+    torch.set_rng_state(state)
+    k_per_class(labels, 5)
+    assert torch.equal(torch.rand(1), after)  # it draws from its own generator
+
+
+def test_k_per_class_names_the_class_with_too_few():
+    with pytest.raises(ValueError, match="class 7 has 1 examples, fewer than k=2"):
+        k_per_class(torch.tensor([1, 1, 7]), 2)
+
+
+# --- attention distance ----------------------------------------------------------------------------------------------
+
+
+def test_attention_distance_on_a_grid_of_two_by_two():
+    """Patches of 10 px; 0 1 / 2 3. Distances: beside or below 10, across the corner 10 sqrt 2."""
+    eye, uniform = torch.eye(4), torch.full((4, 4), 0.25)
+    across = torch.eye(4).flip(1)  # 0 looks at 3, 1 at 2
+    beside = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.float32)
+    weights = torch.stack([eye, beside, across, uniform])[None]  # (1, 4 heads, 4, 4)
+    expected = torch.tensor([0.0, 10.0, 10 * math.sqrt(2), (0 + 10 + 10 + 10 * math.sqrt(2)) / 4])
+    torch.testing.assert_close(attention_distance(weights, patch_size=10, prefix=0), expected)
+
+
+def test_attention_distance_ignores_the_class_token():
+    patches = torch.rand(2, 3, 9, 9).softmax(-1)
+    expected = attention_distance(patches, patch_size=4, prefix=0)
+    weights = torch.zeros(2, 3, 10, 10)
+    weights[..., 1:, 1:] = 0.2 * patches  # every patch gives 0.8 of its attention to the class token
+    weights[..., 1:, 0] = 0.8
+    weights[..., 0, :] = torch.rand(2, 3, 10).softmax(-1)  # where the class token looks is no distance
+    torch.testing.assert_close(attention_distance(weights, patch_size=4), expected)
+
+
+def test_attention_distance_counts_patches_of_all_pictures_alike():
+    near, far = torch.eye(4)[None, None], torch.eye(4).flip(1)[None, None]
+    both = attention_distance(torch.cat([near, far]), patch_size=1, prefix=0)
+    torch.testing.assert_close(both, torch.tensor([math.sqrt(2) / 2]))

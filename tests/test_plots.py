@@ -1,0 +1,284 @@
+"""Plots: every valid input draws, words stay apart and inside, mistakes are explained, pictures are reproducible."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from PIL import Image
+
+from minivlp import plots
+
+RNG = np.random.default_rng(0)
+PICTURES = torch.from_numpy(RNG.integers(0, 256, (24, 3, 16, 16), dtype=np.uint8))
+LONG = "a small red umbrella on the snow under a starry night sky while it rains"
+CAPTIONS = [LONG, "umbrella", "$1 or $2 of a_b"] * 8
+KINDS = "house tree car boat cat dog fish bird balloon flower umbrella ball".split()
+STEPS = np.arange(20, 901, 20)
+RUNS = 2.4 * np.exp(-STEPS / 200) + 0.05 * RNG.normal(size=(10, len(STEPS)))
+
+
+def shares(*shape: int) -> np.ndarray:
+    return RNG.dirichlet(np.full(np.prod(shape[-2:]), 0.3), shape[:-2]).reshape(shape)
+
+
+def seeds(labels: list[str], n: int = 5) -> dict[str, list[float]]:
+    return {label: list(0.8 + 0.1 * RNG.random(n)) for label in labels}
+
+
+ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
+PLOTS = {
+    "pictures": lambda: plots.picture_grid(
+        PICTURES[:16], CAPTIONS[:16], title=LONG * 2, frames=torch.arange(16) % 3 > 0
+    ),
+    "pictures, few": lambda: plots.picture_grid([Image.new("RGB", (40, 20))], [LONG], frames=["#0072B2"], title=LONG),
+    "pictures, floats": lambda: plots.picture_grid(PICTURES.float() / 127.5 - 1),
+    "patches": lambda: plots.patch_grid(PICTURES[0], 4),
+    "patches, many": lambda: plots.patch_grid(PICTURES[0].numpy().repeat(4, 1).repeat(4, 2), 4),
+    "filters": lambda: plots.filters(RNG.normal(size=(28, 3, 8, 8)), title="filters"),
+    "curves": lambda: plots.curves(
+        {"this run": RUNS[0]}, x=STEPS, band=(STEPS, RUNS), hline=(2.48, "ln 12"), title="t"
+    ),
+    "curves, two": lambda: plots.curves(
+        {"train": RUNS[0], "val": list(RUNS[1][::5])}, x={"train": STEPS, "val": STEPS[::5]}, band={"val": RUNS[:, ::5]}
+    ),
+    "curves, plain": lambda: plots.curves({"accuracy": torch.rand(5, requires_grad=True)}),
+    "curves, diverged": lambda: plots.curves({"loss": [2.0, 40.0, float("nan")]}),
+    "crossing": lambda: plots.crossing(
+        [250, 1000, 4000, 16_000],
+        {"ViT": RNG.random((4, 5)), "CNN": RNG.random(4)},
+        xlabel="pictures",
+        ylabel="accuracy",
+    ),
+    "bars": lambda: plots.ablation_bars(
+        seeds(["none", "1d", "2d"]), ylabel="accuracy", chance=1 / 12, paper={"1d": 0.64}
+    ),
+    "bars, long labels": lambda: plots.ablation_bars(seeds([*ARMS, LONG]), ylabel="accuracy", chance=1 / 12, title="t"),
+    "bars, many": lambda: plots.ablation_bars(seeds(KINDS, 3), ylabel="accuracy", chance=0.08, title="t", start=0.5),
+    "bars, one seed": lambda: plots.ablation_bars(seeds(["a", "b"], 1), ylabel="accuracy", start=0.5),
+    "similarity": lambda: plots.similarity_matrix(RNG.normal(size=(4, 4)), CAPTIONS[:4], CAPTIONS[:4], title=LONG),
+    "similarity, 16": lambda: plots.similarity_matrix(RNG.normal(size=(16, 16)), CAPTIONS[:16], CAPTIONS[:16]),
+    "similarity, 64": lambda: plots.similarity_matrix(torch.randn(64, 64).bfloat16(), range(64), range(64), title="t"),
+    "similarity, one row": lambda: plots.similarity_matrix([[0.1, 0.9]], ["x"], ["a", "b"], title="t"),
+    "confusion": lambda: plots.confusion(RNG.integers(0, 90, (12, 12)), KINDS, title="t"),
+    "confusion, empty class": lambda: plots.confusion(np.array([[3, 1], [0, 0]]), ["swapped", "as it was"]),
+    "overlay": lambda: plots.attention_overlay(PICTURES[0], shares(4, 4, 4), titles=["block 1"] * 4, title="t"),
+    "overlay, heads": lambda: plots.attention_overlay(PICTURES[0], shares(4, 4, 4, 4)),
+    "overlay, twelve": lambda: plots.attention_overlay(PICTURES[0], shares(12, 8, 8)),
+    "overlay, one": lambda: plots.attention_overlay(PICTURES[0], np.zeros((1, 4, 4))),
+    "positions": lambda: plots.position_similarity(RNG.normal(size=(16, 8)), 4, title="t"),
+    "positions, 14": lambda: plots.position_similarity(RNG.normal(size=(196, 8)), 14),
+    "positions, wide": lambda: plots.position_similarity(RNG.normal(size=(12, 8)), (3, 4)),
+    "distance": lambda: plots.attention_distance(
+        RNG.uniform(5, 40, (4, 4)), 68, hline=(31, "a head that looks everywhere")
+    ),
+    "distance, 12": lambda: plots.attention_distance(RNG.uniform(5, 200, (12, 12)), 310, title="t"),
+}
+every_plot = pytest.mark.parametrize("name", PLOTS)
+
+
+@pytest.fixture(autouse=True)
+def style():
+    plots.use_style()
+
+
+def words(fig: Figure) -> list[Text]:
+    """The texts that are drawn. Labels of ticks beyond an axis' limits, or of an axis that is off, are not."""
+    FigureCanvasAgg(fig).draw()
+    ticks = [(axis, set(axis._update_ticks() if ax.axison else [])) for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+    hidden = {id(label) for axis, drawn in ticks for t in axis.get_major_ticks() if t not in drawn
+              for label in (t.label1, t.label2)}  # fmt: skip
+    return [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible() and id(t) not in hidden]
+
+
+@every_plot
+def test_words_lie_inside_the_figure_and_never_on_each_other(name):
+    fig = PLOTS[name]()
+    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in words(fig)]
+    outside = [
+        text for text, b in boxes if b.x0 < -0.5 or b.y0 < -0.5 or b.x1 > fig.bbox.x1 + 0.5 or b.y1 > fig.bbox.y1 + 0.5
+    ]
+    assert not outside
+    together = [(a, b) for (a, p), (b, q) in itertools.combinations(boxes, 2) if p.overlaps(q)]
+    assert not together
+
+
+@every_plot
+def test_fits_a_notebook_and_is_white_and_readable(name):
+    fig = PLOTS[name]()
+    assert isinstance(fig, Figure)
+    assert fig.get_figwidth() * fig.dpi <= 900
+    assert fig.get_facecolor() == (1, 1, 1, 1)
+    assert all(t.get_fontsize() >= 8 for t in words(fig))
+
+
+def test_the_same_input_gives_the_same_bytes():
+    history = {"this run": RUNS[0]}
+    assert _png(plots.curves(history, band=RUNS)) == _png(plots.curves(history, band=RUNS))
+    grid = [plots.picture_grid(PICTURES, CAPTIONS) for _ in range(2)]
+    assert _png(grid[0]) == _png(grid[1])
+    assert _png(plots.curves(history)) != _png(plots.curves(history, band=RUNS))
+
+
+def test_pyplot_keeps_no_figure_which_a_notebook_would_show_twice():
+    plots.curves({"loss": [2.0, 1.0]})
+    assert not plt.get_fignums()
+
+
+def test_a_long_caption_pushes_the_next_row_down():
+    short = plots.picture_grid(PICTURES[:16], ["one"] * 16).get_figheight()
+    long = plots.picture_grid(PICTURES[:16], [LONG] * 16).get_figheight()
+    assert long > short + 2 * plots.text_height(3, plots.SMALL)
+
+
+def test_right_and_wrong_have_a_mark_beside_their_colour():
+    fig = plots.picture_grid(PICTURES[:3], frames=[True, False, None])
+    marks = [t.get_text() for t in fig.findobj(Text) if t.get_text() in "✓✗" and t.get_text()]
+    assert marks == ["✓", "✗"]
+    edges = {to_hex(p.get_edgecolor()).upper() for p in fig.findobj(Rectangle) if not p.get_fill()}
+    assert edges == {plots.RIGHT.upper(), plots.WRONG.upper()}
+
+
+def test_uint8_and_the_models_floats_are_the_same_picture():
+    floats = PICTURES[0].float() / 127.5 - 1
+    np.testing.assert_array_equal(plots.picture(PICTURES[0]), plots.picture(floats))
+    np.testing.assert_array_equal(plots.picture(PICTURES[0]), PICTURES[0].permute(1, 2, 0).numpy())
+
+
+def test_patches_are_numbered_and_cut_in_reading_order():
+    fig = plots.patch_grid(PICTURES[0], 4)
+    _, *parts = fig.axes[0].images
+    assert len(parts) == 16
+    np.testing.assert_array_equal(parts[6].get_array(), plots.picture(PICTURES[0])[4:8, 8:12])
+    numbers = sorted((t for t in words(fig) if t.get_text().isdigit()), key=lambda t: int(t.get_text()))
+    assert [int(t.get_text()) for t in numbers] == list(range(16))
+    left, right, bottom, _ = parts[6].get_extent()
+    assert left < numbers[6].get_position()[0] < right and bottom - 0.1 < numbers[6].get_position()[1] < bottom
+
+
+def test_the_band_spans_all_earlier_runs():
+    fig = plots.curves({"this run": RUNS[0]}, x=STEPS, band=(STEPS, RUNS))
+    (band,) = fig.findobj(PolyCollection)
+    y = band.get_paths()[0].vertices[:, 1]
+    assert y.min() == pytest.approx(RUNS.min()) and y.max() == pytest.approx(RUNS.max())
+    assert any("10 earlier runs" in t.get_text() for t in words(fig))
+
+
+def test_bars_print_mean_and_sample_deviation_and_every_seed():
+    fig = plots.ablation_bars({"a": [0.5, 0.6, 0.7], "b": [0.9]}, ylabel="accuracy")
+    texts = [t.get_text() for t in words(fig)]
+    assert "0.600\n± 0.100" in texts and "0.900" in texts
+    dots = [line for line in fig.axes[0].lines if line.get_marker() == "o"]
+    assert [len(d.get_ydata()) for d in dots] == [3, 1]
+    assert fig.axes[0].get_ylim()[0] == 0
+
+
+def test_a_cut_axis_says_so_and_long_labels_lie_flat():
+    cut = plots.ablation_bars({"a": [0.9], "b": [0.95]}, ylabel="accuracy", start=0.8)
+    assert "starts at 0.8" in cut.axes[0].get_ylabel() and cut.axes[0].get_ylim()[0] == 0.8
+    flat = plots.ablation_bars(seeds([LONG, LONG + "!", "short", "d", "e"]), ylabel="accuracy")
+    assert flat.axes[0].get_xlabel() == "accuracy" and flat.axes[0].get_ylim()[0] > flat.axes[0].get_ylim()[1]
+
+
+def test_confusion_colours_shares_of_the_row_and_prints_counts():
+    fig = plots.confusion(np.array([[30, 10], [0, 5]]), ["cat", "dog"])
+    np.testing.assert_allclose(fig.axes[0].images[0].get_array(), [[0.75, 0.25], [0, 1]])
+    texts = [t.get_text() for t in words(fig)]
+    assert {"30", "10", "5", "true", "predicted"} <= set(texts) and "0" not in texts
+
+
+def test_position_maps_stand_where_their_patch_is():
+    pos = np.eye(6)  # each position is like itself alone: the map of patch (r, c) has one bright cell, at (r, c)
+    fig = plots.position_similarity(pos, (2, 3))
+    sheet = fig.axes[0].images[0].get_array()
+    bright = list(zip(*np.nonzero(np.ma.filled(sheet, 0) == 1), strict=True))
+    assert [(int(y), int(x)) for y, x in bright] == [(r * 3 + r, c * 4 + c) for r in range(2) for c in range(3)]
+
+
+def test_overlay_is_strongest_where_attention_is():
+    maps = np.full((1, 4, 4), 0.01)
+    maps[0, 2, 1] = 0.85
+    fig = plots.attention_overlay(PICTURES[0], maps)
+    heat = next(im for im in fig.axes[0].images if im.get_array().shape == (4, 4, 4)).get_array()
+    assert np.unravel_index(heat[..., 3].argmax(), (4, 4)) == (2, 1)
+    assert any("max 0.85" in t.get_text() for t in words(fig))
+
+
+@pytest.mark.parametrize("text", [LONG, "Donaudampfschifffahrtsgesellschaftskapitän", "", "a\nb c", "$x$ _y_"])
+def test_wrapped_lines_fit_and_keep_every_letter(text):
+    lines = plots.wrap(text, 1.0, 9).split("\n")
+    assert all(plots.text_width(line, 9) <= 1.0 for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(text.split())
+
+
+def test_measured_text_is_never_narrower_than_drawn():
+    fig = plots.new_figure(8, 2)
+    for size, weight in itertools.product((8, 9, 11), ("normal", "bold")):
+        for string in (LONG, "multi-head attention", "z ← z + MSA(LN(z))"):
+            drawn = fig.text(0, 0, string, fontsize=size, weight=weight).get_window_extent()
+            assert drawn.width <= 100 * plots.text_width(string, size, weight) + 0.5
+            assert drawn.height <= 100 * plots.text_height(1, size)
+
+
+def test_the_palette_can_be_told_apart():
+    assert len(set(plots.CYCLE)) == 7
+    greys = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(_rgb, (plots.BLUE, plots.VERMILLION, plots.ORANGE))]
+    assert np.diff(sorted(greys)).min() > 0.04  # in a grey print as well
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plots.picture_grid([]), "no pictures to show"),
+        (lambda: plots.picture_grid(PICTURES[0]), "must have 4 dimensions"),
+        (lambda: plots.picture_grid(PICTURES.permute(0, 2, 3, 1)), r"shape \(3, H, W\)"),
+        (lambda: plots.picture_grid(PICTURES.float()), "uint8, or floats in"),
+        (lambda: plots.picture_grid(PICTURES, ["one"]), "captions has 1 entries for 24 pictures"),
+        (lambda: plots.picture_grid(PICTURES, frames=[True]), "frames has 1 entries for 24 pictures"),
+        (lambda: plots.patch_grid(PICTURES[0], 5), "cannot be cut into whole 5x5 patches"),
+        (lambda: plots.filters(np.zeros((4, 48))), "must have 4 dimensions"),
+        (lambda: plots.filters(np.zeros((4, 1, 8, 8))), r"shape \(n, 3, P, P\)"),
+        (lambda: plots.curves({}), "history is empty"),
+        (lambda: plots.curves({"a": RUNS}), "must have 1 dimensions"),
+        (lambda: plots.curves({"a": RUNS[0]}, x=[1, 2]), "45 entries for 2 positions"),
+        (lambda: plots.curves({"a": RUNS[0]}, band=RUNS[:, :5]), "5 entries for 45 positions"),
+        (lambda: plots.curves({"a": RUNS[0]}, band={"b": RUNS}), "'b' belongs to no curve"),
+        (lambda: plots.crossing([0, 1], {"a": [1, 2]}, xlabel="", ylabel=""), "logx=False"),
+        (lambda: plots.crossing([1, 2], {"a": [1, 2, 3]}, xlabel="", ylabel=""), "3 entries for 2 values of x"),
+        (lambda: plots.ablation_bars({}, ylabel=""), "groups is empty"),
+        (lambda: plots.ablation_bars({"a": []}, ylabel=""), "give at least one seed"),
+        (lambda: plots.ablation_bars({"a": [1.0]}, ylabel="", paper={"b": 1.0}), "'b' is not among the groups"),
+        (lambda: plots.similarity_matrix(np.zeros(4)), "must have 2 dimensions"),
+        (lambda: plots.similarity_matrix(np.zeros((2, 3)), ["a"]), "row_labels has 1 entries for 2 rows"),
+        (lambda: plots.confusion(np.zeros((2, 3)), ["a", "b"]), r"shape \(2, 2\)"),
+        (lambda: plots.attention_overlay(PICTURES[0], np.zeros((4, 4))), "3 or 4 dimensions"),
+        (lambda: plots.attention_overlay(PICTURES[0], np.zeros((2, 4, 4)), titles=["a"]), "titles has 1 entries"),
+        (lambda: plots.attention_overlay(PICTURES[0], np.zeros((1, 16, 4, 4))), "show 12 at most"),
+        (lambda: plots.position_similarity(np.zeros((17, 8)), 4), "leave out the class token"),
+        (lambda: plots.position_similarity(np.zeros((20, 8)), 4), "20 rows for 4 x 4 patches"),
+        (lambda: plots.attention_distance(np.zeros(4), 60), "must have 2 dimensions"),
+    ],
+)
+def test_mistakes_are_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _png(fig: Figure) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
