@@ -45,7 +45,7 @@ def lesson_module(name: str) -> ModuleType:
     try:
         lesson = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:  # a library that the lesson needs is what is missing
+        if not module.startswith(str(error.name)):  # a library that the lesson needs is what is missing
             raise
         raise unknown from error
     if name != lesson.NAME:

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 ARMS = [pytest.param(recipe, id=f"{experiment}-{arm}")
         for experiment, arms in lesson.EXPERIMENTS.items() for arm, recipe in arms.items()]  # fmt: skip
 CLASSES = {"kind": len(KINDS), "kind and colour": len(KINDS) * len(COLOURS), "swap": 2}
-FEW = replace(lesson.MAIN, steps=2, batch_size=16, probe=False, fine_tune=0)
+FEW = replace(lesson.MAIN, steps=2, batch_size=16, probe=False, shifts=False, fine_tune=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ def test_vit_and_cnn_of_the_data_experiment_have_equal_parameters():
 
 def test_experiments_change_only_what_they_are_about():
     changed = {
-        "positions": {"position"}, "positions, swap task": {"position"}, "pooling": {"pool", "lr"},
+        "positions": {"position"}, "positions, swap task": {"position", "fine_tune"}, "pooling": {"pool", "lr"},
         "norm": {"norm", "lr"}, "patch": {"patch_size"}, "shape": {"depth", "width"},
     }  # fmt: skip
     for experiment, names in changed.items():
@@ -191,6 +191,17 @@ def test_training_lowers_the_loss_and_validates_ten_times():
     assert last < first - 0.1
     images, labels = lesson.examples("val", FEW, n=500)
     assert history.metrics["val accuracy"][-1] == accuracy(predict(model, images)[0], labels)
+
+
+def test_resolutions_are_measured_on_the_recipes_own_task():
+    recipe = replace(lesson.EXPERIMENTS["positions, swap task"]["1d"], steps=1, batch_size=16, fine_tune=1)
+    run = lesson.run(recipe, seed=0, device=CPU)
+    names = {f"96 px, {name}{tuned}" for name in ("interpolated", "reading order") for tuned in ("", ", tuned")}
+    assert run.metrics.keys() == {"test accuracy", *names}
+    images, labels = lesson.examples("test", recipe, n=1000, image_size=96)
+    assert images.shape[2:] == (96, 96) and set(labels.tolist()) == {0, 1}
+    bigger = lesson.at_resolution(run.model, 96)
+    assert run.metrics["96 px, interpolated"] == accuracy(predict(bigger, images)[0], labels)
 
 
 @pytest.mark.parametrize("experiment", ["data", "labels", "positions, swap task"])

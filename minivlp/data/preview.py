@@ -1,7 +1,7 @@
 """Make again what the folder `data` shows of the picture book: `python -m minivlp.data.preview`.
 
 It writes `preview/` (48 pictures with their captions: an imagefolder that `load_pairs` can read, and a page to look
-at) and the contact sheet; the tokenizer only where its file is missing, because trained models depend on its ids. The
+at), the contact sheet and the course's map for the README pages; the tokenizer only where its file is missing, because trained models depend on its ids. The
 same code gives the same files, and the tests compare them with the code.
 """
 
@@ -80,12 +80,16 @@ def contact_sheet(scenes: list[Scene]) -> Image.Image:
 
 
 def main() -> None:
+    from minivlp import diagrams, plots  # for the README's map alone: the data itself draws no diagrams
+
+    plots.use_style()
     folder = DEFAULT_FILE.parent
     write_preview(folder / "preview")
     # 256 colours are plenty for flat drawings and keep the sheet a third of the size.
     sheet = contact_sheet(preview_scenes()).quantize(256, dither=Image.Dither.NONE)
     sheet.save(folder / "contact_sheet.png", optimize=True)
-    written = "preview/, contact_sheet.png"
+    diagrams.course_map().savefig(folder.parent / "notebooks" / "course_map.png", dpi=130)
+    written = "preview/, contact_sheet.png, ../notebooks/course_map.png"
     if not DEFAULT_FILE.exists():  # new ids would make every model trained with the old ones useless
         Tokenizer.train(picturebook_texts()).save(DEFAULT_FILE)
         written += f", {DEFAULT_FILE.name}"

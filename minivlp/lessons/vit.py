@@ -60,7 +60,7 @@ SHORT = replace(
 SWAP = replace(SHORT, tier="easy", steps=500, task="swap", model=replace(MAIN.model, num_classes=2))
 RATES = (3e-4, 1e-3, 3e-3)
 LOW_RATES = (1e-4, 3e-4, 1e-3)
-DATA_SIZES = (250, 1000, 4000, 12_000)
+DATA_SIZES = (500, 2000, 8000)
 SHIFTS = ("heldout_colour", "flipped", "crayon", "chalk")
 
 
@@ -100,7 +100,7 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         kind: replace(SWAP, model=replace(SWAP.model, position=kind), fine_tune=50 if kind == "1d" else 0)
         for kind in ("none", "1d", "2d")
     },
-    "patch": {f"P={p}": replace(SHORT, steps=200, model=vit(patch_size=p)) for p in (16, 8, 4)},
+    "patch": {f"P={p}": replace(SHORT, steps=150, model=vit(patch_size=p)) for p in (16, 8, 4)},
 }
 
 
@@ -224,7 +224,8 @@ def resolutions(model: ViT, recipe: Recipe, *, seed: int, image_size: int = 96) 
         numbers[f"{image_size} px, {name}"] = accuracy(predict(bigger, images)[0], labels)
         larger = examples("train", recipe, n=4000, image_size=image_size)
         batches = Batches(larger, batch_size=recipe.batch_size, seed=seed)
-        fit(bigger, batches, classification_loss, steps=recipe.fine_tune, lr=recipe.lr / 2, progress=None)
+        if fit(bigger, batches, classification_loss, steps=recipe.fine_tune, lr=recipe.lr / 2, progress=None).stopped:
+            raise KeyboardInterrupt  # half a fine-tuning is no result
         numbers[f"{image_size} px, {name}, tuned"] = accuracy(predict(bigger, images)[0], labels)
     return numbers
 
@@ -235,8 +236,7 @@ def prepare() -> None:
         for recipe in arms.values():
             for split, n in (("train", recipe.train_size), ("val", 500), ("test", 1000)):
                 pictures(split, tier=recipe.tier, n=n)
-            if recipe.fine_tune:
-                for split in SHIFTS:
-                    pictures(split, tier=recipe.tier, n=1000)
-                for split, n in (("train", 4000), ("test", 1000)):
-                    pictures(split, tier=recipe.tier, n=n, image_size=96)
+            for split in SHIFTS if recipe.shifts else ():
+                pictures(split, tier=recipe.tier, n=1000)
+            for split, n in (("train", 4000), ("test", 1000)) if recipe.fine_tune else ():
+                pictures(split, tier=recipe.tier, n=n, image_size=96)
