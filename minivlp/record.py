@@ -209,6 +209,27 @@ def record(name: str, *, seeds: int = 5, ablation_seeds: int = 3, jobs: int | No
     return path
 
 
+def scoreboard() -> str:
+    """The recorded headline numbers of every lesson as a Markdown table."""
+    lines = ["| lesson | what is measured | mean ± standard deviation | seeds |", "|---|---|---|---|"]
+    for path in sorted((DATA / "recorded").glob("*.json")):
+        recorded, rows = load(path.stem), lesson_module(path.stem).SCOREBOARD
+        for label, (experiment, arm, metric) in rows.items():
+            seeds = len(recorded.runs[experiment][arm])
+            lines.append(f"| {path.stem} | {label} | {recorded.summary(experiment, arm, metric)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def write_scoreboard(page: Path = DATA.parent / "notebooks" / "README.md") -> None:
+    """Put the scoreboard between its two marks on the page of the notebooks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- scoreboard -->\n")
+    _, end, after = rest.partition("\n<!-- end -->")
+    if not begin or not end:
+        raise RecordError(f"{page.name} has lost its marks <!-- scoreboard --> and <!-- end -->: put them back")
+    text = before + begin + scoreboard() + end + after
+    write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m minivlp.record", description=__doc__.splitlines()[0])
     parser.add_argument("lesson", nargs="+", help="for instance 01_vit")
@@ -219,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.lesson:
         try:
             path = record(name, seeds=options.seeds, ablation_seeds=options.ablation_seeds, jobs=options.jobs)
+            write_scoreboard()
             print("wrote", path.name)
         except RecordError as error:
             print(error, file=sys.stderr)

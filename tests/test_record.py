@@ -495,3 +495,18 @@ def test_the_reference_vit_is_as_good_as_recorded(tmp_path, monkeypatch):
     model = train.trained("vit", lesson.build(lesson.MAIN.model), own=False)
     first = record.load("01_vit").values("main", "ViT", "test accuracy")[0]
     assert lesson.test_accuracy(model, "test", lesson.MAIN) == pytest.approx(first, abs=0.01)  # half precision rounds
+
+
+def test_the_scoreboard_on_the_page_is_the_recorded_one(tmp_path):
+    page = ROOT / "notebooks" / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(page.read_text(encoding="utf-8").replace(" ± 0.", " + 0."), encoding="utf-8")
+    record.write_scoreboard(copy)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert record.scoreboard().count("| 01_vit |") == len(record.lesson_module("01_vit").SCOREBOARD)
+
+
+def test_a_page_without_marks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("no marks here", encoding="utf-8")
+    with pytest.raises(RecordError, match="has lost its marks"):
+        record.write_scoreboard(tmp_path / "README.md")

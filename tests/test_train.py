@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -436,6 +436,39 @@ def test_ctrl_c_anywhere_leaves_a_history_of_one_length(where):
     assert not model.training
 
 
+def test_ctrl_c_at_any_line_of_the_loop_leaves_a_history_of_one_length():
+    """Every line of `fit` in turn is where the signal arrives."""
+    losses = lambda m, x, y: {"a": loss_fn(m, x, y), "b": loss_fn(m, x, y)}  # noqa: E731
+    options = {"steps": 3, "loss_fn": losses, "evaluate": lambda m: {"one": 1.0, "two": 2.0}, "evaluate_every": 1}
+    before, stops = sys.gettrace(), []
+    for moment in range(1, 1000):
+        lines = 0
+
+        def at_line(frame: object, event: str, _: object) -> object:
+            nonlocal lines
+            if frame.f_code is not fit.__code__:
+                return None
+            lines += event == "line"
+            if lines == moment:  # noqa: B023 - called within this turn alone
+                raise KeyboardInterrupt
+            return at_line
+
+        sys.settrace(at_line)
+        try:
+            history = run(Net(), **options)
+        except KeyboardInterrupt:  # before the first step or after the last
+            continue
+        finally:
+            sys.settrace(before)
+        assert {len(values) for values in (*history.losses.values(), history.lr)} == {history.steps}
+        assert {len(values) for values in history.metrics.values()} <= {len(history.metric_steps)}
+        if lines < moment:  # the run was over before
+            break
+        stops.append(history.steps)
+    assert history.steps == 3 and not history.stopped
+    assert stops == sorted(stops) and set(stops) == {0, 1, 2, 3}
+
+
 def test_another_error_passes_through_and_still_leaves_eval_mode(capsys):
     model = Net()
     with pytest.raises(IndexError, match="no such row"):
@@ -795,6 +828,8 @@ def test_later_lessons_take_the_own_model_else_the_reference(tmp_path, monkeypat
     assert train.keep(own, "vit") == tmp_path / "cache" / "checkpoints" / "vit.safetensors"
     assert same(train.trained("vit", ViT(TINY)), own)
     assert same(train.trained("vit", ViT(TINY), own=False), reference)
+    train.keep(ViT(replace(TINY, width=2 * TINY.width)), "vit")  # somebody played with the size
+    assert same(train.trained("vit", ViT(TINY)), reference)
 
 
 # --- the progress line -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Make again what the folder `data` shows of the picture book: `python -m minivlp.data.preview`.
 
 It writes `preview/` (48 pictures with their captions: an imagefolder that `load_pairs` can read, and a page to look
-at), the contact sheet and the course's map for the README pages; the tokenizer only where its file is missing, because trained models depend on its ids. The
-same code gives the same files, and the tests compare them with the code.
+at), the contact sheet, and the course's map for the README pages; the tokenizer only where its file is missing,
+because trained models depend on its ids. The same code gives the same files, and the tests compare them with the code.
 """
 
 from __future__ import annotations

@@ -103,6 +103,18 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
     "patch": {f"P={p}": replace(SHORT, steps=150, model=vit(patch_size=p)) for p in (16, 8, 4)},
 }
 
+# row of the scoreboard -> (experiment, arm, metric)
+SCOREBOARD = {
+    "kind of the object, 1,000 test pages (chance 0.083)": ("main", "ViT", "test accuracy"),
+    "... in colours withheld from each kind": ("main", "ViT", "heldout_colour"),
+    "... drawn in crayon": ("main", "ViT", "crayon"),
+    "... drawn in chalk": ("main", "ViT", "chalk"),
+    "colour, 25 shots on frozen features, trained on kind (chance 0.1)": ("main", "ViT", "colour, 25 shots"),
+    "... trained on kind and colour": ("labels", "kind and colour", "colour, 25 shots"),
+    "exchanged halves, with positions (chance 0.5)": ("positions, swap task", "1d", "test accuracy"),
+    "... without": ("positions, swap task", "none", "test accuracy"),
+}
+
 
 def build(config: ViTConfig | ResNetConfig) -> nn.Module:
     return ViT(config) if isinstance(config, ViTConfig) else SmallResNet(config)
