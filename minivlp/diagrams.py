@@ -374,7 +374,7 @@ def vit_overview(image: Any = None) -> Figure:
 
     same = "one linear layer, the same for every patch"
     linear = c.box(patch_x[0], 2.12, 16 * step - gap, 0.34, same, modality="image")
-    c.note(shape_x, 2.29, "W: (3·P·P, D)", size=8)
+    c.note(shape_x, 2.29, "E: (D, 3·P·P), b", size=8)
     row = c.tokens(left, 2.78, ["CLS", *map(str, range(1, 17))], "image", side=side, gap=gap, size=8)
     for box, x in zip(row[1:], patch_x, strict=True):
         c.arrow((x + side / 2, linear.y + linear.h), box)

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         """
         B, T, D = x.shape
         k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        # each (B, T or S, D) -> (B, heads, T or S, D/heads)
         q, k, v = (t.view(B, -1, self.heads, D // self.heads).transpose(1, 2) for t in (self.q(x), k, v))
         weights = None
         if need_weights:  # the same computation, spelled out, because the fused kernel never stores the weights
@@ -123,8 +124,8 @@ class Block(nn.Module):
         `rows=1` updates only the first token, which still looks at all: the same numbers for less work when
         nothing after this block reads the other tokens.
         """
-        h = self.norm1(x) if self.norm_first else x
-        y, weights = self.attn(h[:, :rows], h, mask=mask, need_weights=need_weights)
+        asked = self.norm1(x) if self.norm_first else x
+        y, weights = self.attn(asked[:, :rows], asked, mask=mask, need_weights=need_weights)
         x = x[:, :rows] + y
         if self.norm_first:
             return x + self.mlp(self.norm2(x)), weights
