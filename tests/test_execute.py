@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from minivlp.notebooks import ROOT, execute, files, lessons
 
@@ -101,7 +103,7 @@ def test_a_bar_that_vanishes_leaves_no_output(tmp_path: Path) -> None:
 
 
 def test_pictures_lose_what_names_the_program() -> None:
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
     data = []
     for version in ("1", "22"):
@@ -116,6 +118,26 @@ def test_pictures_lose_what_names_the_program() -> None:
         assert image.tobytes() == Image.linear_gradient("L").tobytes()
         assert image.info["dpi"] == pytest.approx((100, 100), rel=1e-3)
     assert files.strip_png(b"no png") == b"no png"
+
+
+def test_pictures_shrink_once_and_look_the_same():
+    ramp = np.linspace(0, 255, 128 * 128).reshape(128, 128)
+    noise = np.random.default_rng(0).integers(0, 3, (128, 128))  # many thousand colours, as anti-aliasing makes
+    pixels = np.stack([ramp, ramp.T, ramp[::-1] * 0.5 + noise, np.full_like(ramp, 255)], -1).astype(np.uint8)
+
+    def png(array):
+        Image.fromarray(array).save(file := io.BytesIO(), "PNG")
+        return file.getvalue()
+
+    small = files.shrink_png(png(pixels))
+    with Image.open(io.BytesIO(small)) as picture:
+        assert picture.mode == "P"
+        difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - pixels[..., :3])
+    assert len(small) < 0.6 * len(png(pixels)) and difference.mean() < 6
+    assert files.shrink_png(small) == small == files.shrink_png(png(pixels))
+    pixels[0, 0, 3] = 0  # a hole must stay a hole
+    assert files.shrink_png(png(pixels)) == png(pixels)
+    assert files.shrink_png(b"no png") == b"no png"
 
 
 def test_ids_are_made_from_the_text(tmp_path: Path) -> None:
