@@ -213,15 +213,15 @@ def scoreboard() -> str:
     """The recorded headline numbers of every lesson as a Markdown table."""
     lines = ["| lesson | what is measured | mean ± standard deviation | seeds |", "|---|---|---|---|"]
     for path in sorted((DATA / "recorded").glob("*.json")):
-        recorded, rows = load(path.stem), lesson_module(path.stem).SCOREBOARD
-        for label, (experiment, arm, metric) in rows.items():
+        recorded, lesson = load(path.stem), lesson_module(path.stem)
+        for label, (experiment, arm, metric) in getattr(lesson, "SCOREBOARD", {}).items():
             seeds = len(recorded.runs[experiment][arm])
             lines.append(f"| {path.stem} | {label} | {recorded.summary(experiment, arm, metric)} | {seeds} |")
     return "\n".join(lines)
 
 
-def write_scoreboard(page: Path = DATA.parent / "notebooks" / "README.md") -> None:
-    """Put the scoreboard between its two marks on the page of the notebooks."""
+def write_scoreboard(page: Path) -> None:
+    """Put the scoreboard between its two marks on a Markdown page. Raises RecordError if the marks are gone."""
     before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- scoreboard -->\n")
     _, end, after = rest.partition("\n<!-- end -->")
     if not begin or not end:
@@ -240,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.lesson:
         try:
             path = record(name, seeds=options.seeds, ablation_seeds=options.ablation_seeds, jobs=options.jobs)
-            write_scoreboard()
+            if (page := DATA.parent / "notebooks" / "README.md").exists():
+                write_scoreboard(page)
             print("wrote", path.name)
         except RecordError as error:
             print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import signal
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from minivlp.notebooks import ROOT, files, links, students
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs deaf to Ctrl-C, and programs inherit that; the tests of Ctrl-C need it heard.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LAYERS = '''"""Layers of a very small package."""
 

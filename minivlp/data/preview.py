@@ -88,6 +88,7 @@ def main() -> None:
     # 256 colours are plenty for flat drawings and keep the sheet a third of the size.
     sheet = contact_sheet(preview_scenes()).quantize(256, dither=Image.Dither.NONE)
     sheet.save(folder / "contact_sheet.png", optimize=True)
+    (folder.parent / "notebooks").mkdir(exist_ok=True)
     diagrams.course_map().savefig(folder.parent / "notebooks" / "course_map.png", dpi=130)
     written = "preview/, contact_sheet.png, ../notebooks/course_map.png"
     if not DEFAULT_FILE.exists():  # new ids would make every model trained with the old ones useless
