@@ -1,6 +1,7 @@
-"""The few blocks that every model of the course is made of: patches, attention, MLP, transformer block.
+"""The few blocks that every model of the course is made of: patches, words, attention, MLP, block.
 
-Shapes use one letter each: B batch, C channels, H height, W width, P patch side, N patches, T tokens, D width.
+Shapes use one letter each: B batch, C channels, H height, W width, P patch side, N patches, L text tokens, T tokens
+of both, D width, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -159,6 +160,59 @@ class Encoder(nn.Module):
             if everything:
                 named |= {f"block_{i}": x, f"attention_{i}": weights}
         return self.norm(x), named
+
+
+class TextEmbeddings(nn.Module):
+    """Token ids -> vectors: word + position, then LayerNorm and dropout (BERT): (B, L) -> (B, L, D).
+
+    BERT also adds a segment vector, the same for every token of a lone sentence. A constant can live in the position
+    table, so there is none here; `from_hf` adds it there.
+    """
+
+    def __init__(
+        self, vocab_size: int, max_text: int, width: int, *, dropout: float = 0.0, eps: float = 1e-12
+    ) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(max_text, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Raises ValueError if a text is longer than the position table."""
+        L = ids.shape[1]
+        if L > self.position.num_embeddings:
+            raise ValueError(f"a text of {L} tokens does not fit {self.position.num_embeddings} positions: cut it with "
+                             "encode_batch(..., max_length=...) or build the model with a larger max_text")  # fmt: skip
+        return self.dropout(self.norm(self.word(ids) + self.position.weight[:L]))
+
+
+class MLMHead(nn.Module):
+    """From a token's final state back to the vocabulary (BERT, A.1): (..., D) -> (..., V).
+
+    Linear, GELU, LayerNorm, then the output layer with a bias of its own.
+    """
+
+    def __init__(self, width: int, vocab_size: int, *, eps: float = 1e-12) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.decoder = nn.Linear(width, vocab_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(states))))
+
+
+@torch.no_grad()
+def init_normal(model: nn.Module, *, std: float = 0.02) -> None:
+    """BERT's starting values: matrices and tables N(0, std), biases 0, LayerNorms the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            nn.init.zeros_(module.bias)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,16 +1,18 @@
 """Pictures with captions: one loader for every source, tensors for training, and a tokenizer."""
 
 from minivlp.data.errors import DataError, DataWarning
-from minivlp.data.pairs import Batches, PairTensors, load_pairs, to_tensors
-from minivlp.data.text import Tokenizer, TokenTable
+from minivlp.data.pairs import Batches, CaptionBatches, PairTensors, load_pairs, to_tensors
+from minivlp.data.text import Tokenizer, TokenTable, mask_words
 
 __all__ = [
     "Batches",
+    "CaptionBatches",
     "DataError",
     "DataWarning",
     "PairTensors",
     "TokenTable",
     "Tokenizer",
     "load_pairs",
+    "mask_words",
     "to_tensors",
 ]

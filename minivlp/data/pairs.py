@@ -29,6 +29,7 @@ from torch import LongTensor, Tensor
 
 from minivlp.data.errors import DataError, DataWarning
 from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, SIZES, SKIES, WEATHERS, Scene
+from minivlp.data.text import TokenTable
 
 if TYPE_CHECKING:  # heavy imports wait until they are needed, so that importing the package stays quick
     import datasets
@@ -211,6 +212,39 @@ class Batches:
     def to(self, device: torch.device | str) -> Batches:
         """The same batches with their tensors on `device`."""
         return Batches(tuple(t.to(device) for t in self.tensors), batch_size=self.batch_size, seed=self.seed)
+
+
+class CaptionBatches:
+    """Training batches of pictures with their captions: `batches(step)` is always the same one, so a run can resume.
+
+    `table` (a `TokenTable`) holds the captions' ids; both are in the same order as `images` (N, C, H, W).
+    """
+
+    def __init__(
+        self, images: Tensor, table: TokenTable, *, batch_size: int, seed: int = 0, caption: int | None = None
+    ) -> None:
+        """`caption` is which of a picture's captions to take (-1: the last); None draws one anew each time."""
+        if len(images) != len(table):
+            raise DataError(f"there are {len(images)} pictures and captions of {len(table)}: give the same ones")
+        self.images, self.table, self.caption, self.seed = images, table, caption, seed
+        self.order = Batches((torch.arange(len(images)),), batch_size=batch_size, seed=seed)
+
+    def generator(self, step: int) -> torch.Generator:
+        """A random generator for everything that is drawn for batch `step`."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32 ^ 0x5EED)
+
+    def texts(self, step: int, generator: torch.Generator) -> tuple[LongTensor, LongTensor, Tensor]:
+        """The rows (B,) of batch `step`, ids (B, L) and mask (B, L) of one caption each."""
+        rows = self.order.indices(step)
+        caption = self.caption
+        if caption is None:
+            caption = torch.randint(1 << 30, rows.shape, generator=generator)
+        return rows, *self.table(rows, caption)
+
+    def __call__(self, step: int) -> tuple[Tensor, LongTensor, Tensor]:
+        """Training batch `step`: images (B, C, H, W), ids (B, L), mask (B, L)."""
+        rows, ids, mask = self.texts(step, self.generator(step))
+        return self.images[rows], ids, mask
 
 
 # ---- sources ----

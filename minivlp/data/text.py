@@ -1,4 +1,4 @@
-"""Text to token ids and back: a small WordPiece tokenizer, padding, word groups, and a store of ready-made ids.
+"""Text to token ids and back: a small WordPiece tokenizer, padding, word masking, and a store of ready-made ids.
 
 WordPiece (Wu et al. 2016; BERT, section 3) keeps frequent words whole and spells rare ones from pieces: "umbrella" may
 become `um ##bre ##lla`. The lessons keep the vocabulary so small that some content words do split ("kitten"), because
@@ -219,6 +219,28 @@ class TokenTable:
         for name in ("counts", "first", "ids", "lengths"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
+
+
+def mask_words(
+    ids: Tensor, tokenizer: Tokenizer, *, generator: torch.Generator, share: float = 0.15, whole_word: bool = True
+) -> tuple[LongTensor, LongTensor]:
+    """Hide words to be guessed (BERT, 3.1): ids (B, L) -> corrupted ids (B, L) and labels (B, L), -100 where not asked.
+
+    Each word is chosen with probability `share`, and with it all its pieces (ViLT, 3.3); `whole_word=False` chooses
+    each piece by itself. Of the chosen tokens 80 % become `[MASK]`, 10 % a random ordinary token, 10 % stay. Special
+    tokens and padding are never chosen. All random numbers come from `generator`, on the CPU like `ids`.
+    """
+    words = tokenizer.word_groups(ids)  # (B, L)
+    chance = torch.rand(ids.shape, generator=generator)
+    if whole_word:
+        chance = chance.gather(1, words.clamp(min=0))  # all pieces of word k share the k-th number
+    chosen = (chance < share) & (words >= 0)
+    fate = torch.rand(ids.shape, generator=generator)
+    ordinary = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids])
+    others = ordinary[torch.randint(len(ordinary), ids.shape, generator=generator)]
+    corrupted = torch.where(chosen & (fate < 0.8), tokenizer.mask_id, ids)
+    corrupted = torch.where(chosen & (fate >= 0.9), others, corrupted)
+    return corrupted, torch.where(chosen, ids, -100)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[LongTensor, Tensor]:

@@ -155,18 +155,20 @@ def init_vit(model: ViT) -> None:
     nn.init.zeros_(model.head.weight)
 
 
-def interpolate_positions(table: Tensor, new_grid: int, *, prefix: int = 1) -> Tensor:
-    """Stretch learned positions to another grid (ViT, 3.2): (1, prefix + g*g, D) -> (1, prefix + G*G, D).
+def interpolate_positions(table: Tensor, new_grid: int | tuple[int, int], *, prefix: int = 1) -> Tensor:
+    """Stretch learned positions to another grid (ViT, 3.2): (1, prefix + g*g, D) -> (1, prefix + rows*columns, D).
 
-    The first `prefix` rows (the class token) have no place in the picture and stay as they are. Bilinear with corners
-    kept, as in the official JAX code; transformers uses bicubic without corners, which gives slightly other numbers.
+    `new_grid` is (rows, columns), or one number for both. The first `prefix` rows of the table (the class token) have
+    no place in the picture and stay as they are. Bilinear with corners kept, as in the official JAX code; transformers
+    uses bicubic without corners, which gives slightly other numbers.
     """
     first, grid = table[:, :prefix], table[:, prefix:]
     g = round(grid.shape[1] ** 0.5)
     if g * g != grid.shape[1]:
         raise ValueError(f"{grid.shape[1]} positions are no square grid: is prefix={prefix} right?")
+    size = (new_grid, new_grid) if isinstance(new_grid, int) else new_grid
     grid = grid.transpose(1, 2).unflatten(2, (g, g))  # (1, D, g, g): a picture with D channels
-    grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
+    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=True)
     return torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)
 
 

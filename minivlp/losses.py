@@ -1,0 +1,82 @@
+"""The losses of the course. Each takes tensors, and a head where only some of its outputs are needed.
+
+Shapes: B pairs, L text tokens, S image tokens, D width, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # the label of positions that are not asked for, as everywhere in PyTorch
+
+
+def masked_lm_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the hidden words (BERT, 3.1): states (B, L, D), labels (B, L), `IGNORE` where nothing is hidden.
+
+    `head` turns (M, D) into scores (M, V). It runs at the M asked positions alone, about one in seven, since the others
+    would be thrown away. Without any asked position the loss is 0.
+    """
+    asked = labels != IGNORE
+    if not asked.any():
+        return states.sum() * 0.0
+    return F.cross_entropy(head(states[asked]).float(), labels[asked])
+
+
+def word_positions(text_mask: Tensor) -> Tensor:
+    """True at the words of each text: (B, L) -> (B, L), the mask without `[CLS]` (first) and `[SEP]` (last token)."""
+    words = text_mask.clone()
+    words[:, 0] = False
+    words[torch.arange(len(words), device=words.device), text_mask.sum(1) - 1] = False
+    return words
+
+
+def cosine_cost(text: Tensor, image: Tensor) -> Tensor:
+    """What it costs to carry a word to a patch: text (B, L, D), image (B, S, D) -> 1 - cosine, (B, L, S) in [0, 2]."""
+    return 1 - F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).transpose(1, 2)
+
+
+@torch.no_grad()
+def ipot(cost: Tensor, words: Tensor, patches: Tensor, *, beta: float = 0.5, iterations: int = 50) -> Tensor:
+    """A nearly cheapest plan to carry the words onto the patches: cost (B, L, S) -> plan (B, L, S), float32.
+
+    Every word has the same weight and every patch takes the same weight, 1 in all: the sums over patches are 1/m at the
+    m `words` (B, L), those over words 1/n at the n `patches` (B, S), and nothing moves to or from padding. Inexact
+    proximal point iteration with one inner step (Xie et al. 2018, arXiv:1802.04307, algorithm 1; UNITER's `ot.py`).
+    """
+    cost = cost.float()
+    both = words[:, :, None] & patches[:, None, :]  # (B, L, S)
+    m, n = words.sum(1, keepdim=True), patches.sum(1, keepdim=True)  # (B, 1)
+    kernel = torch.exp(-cost / beta).masked_fill(~both, 0)  # A; zero at padding, or padding would take its share
+    plan, sigma = both.float(), words / m
+    with torch.autocast(cost.device.type, enabled=False):  # half precision is too coarse for fifty products in a row
+        for _ in range(iterations):
+            q = kernel * plan
+            delta = patches / (n * torch.einsum("bls,bl->bs", q, sigma)).masked_fill(~patches, 1)
+            sigma = words / (m * torch.einsum("bls,bs->bl", q, delta)).masked_fill(~words, 1)
+            plan = sigma[:, :, None] * q * delta[:, None, :]
+    return plan
+
+
+def transport_distance(cost: Tensor, plan: Tensor) -> Tensor:
+    """What a plan costs: (B, L, S) twice -> (B). The gradient flows through `cost` alone, `ipot` gives none."""
+    return (cost * plan).sum(dim=(1, 2))
+
+
+def word_patch_alignment(
+    text: Tensor, image: Tensor, words: Tensor, patches: Tensor, match: Tensor, *, iterations: int = 50
+) -> tuple[Tensor, Tensor]:
+    """Loss and distances (B) of word-patch alignment (ViLT, 3.2, weight 0.1): near where pairs match, far elsewhere.
+
+    text (B, L, D), image (B, S, D) final states; `words` (B, L) and `patches` (B, S) say which of them take part;
+    match (B) is 1 where text and picture belong together. The loss (official code) is the sum of the distances of
+    the matching pairs minus that of the others, divided by B: it has no lower bound at 0.
+    """
+    with torch.autocast(text.device.type, enabled=False):
+        cost = cosine_cost(text, image)
+        distance = transport_distance(cost, ipot(cost, words, patches, iterations=iterations))
+    sign = torch.where(match.bool(), 1.0, -1.0)
+    return (sign * distance).mean(), distance

@@ -1,0 +1,171 @@
+"""ViLT: one transformer reads words and patches side by side (Kim, Son, Kim 2021, arXiv:2102.03334)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minivlp.layers import Encoder, MLMHead, TextEmbeddings, init_normal
+from minivlp.models.vit import ViT, ViTConfig, ViTEmbeddings, interpolate_positions
+
+ATTEND = ("all", "cross", "separate")
+
+
+@dataclass(frozen=True)
+class ViLTConfig:
+    """Everything that fixes a ViLT's shape. The defaults are the course's own small model."""
+
+    image_size: int = 64  # pixels a side, of the learned position grid
+    patch_size: int = 16  # P, pixels a side
+    channels: int = 3  # C
+    vocab_size: int = 340  # V
+    max_text: int = 64  # L at most, [CLS] and [SEP] included (the paper: 40, of larger word pieces)
+    width: int = 128  # D, numbers per token
+    depth: int = 4  # blocks
+    heads: int = 4
+    mlp_ratio: int = 4  # hidden width of the MLP / D
+    dropout: float = 0.0
+    eps: float = 1e-6  # of the LayerNorms in and after the blocks
+    text_eps: float = 1e-12  # of the LayerNorm in the text embedding and in the MLM head
+    modality_types: int = 2  # 0: none; 2: text and image; NLVR2 uses a third for its second picture
+    attend: str = "all"  # who may look at whom, see `block_mask`
+    patch_colours: bool = False  # a head that guesses the mean colour of hidden patches (paper, 4.5)
+    answers: int = 0  # K, size of the VQA head; 0: no such head
+
+    def __post_init__(self) -> None:
+        if self.attend not in ATTEND:
+            raise ValueError(f"attend={self.attend!r}: choose one of {', '.join(map(repr, ATTEND))}")
+        self.image_config()  # raises ValueError if the picture cannot be cut into whole patches
+
+    def image_config(self) -> ViTConfig:
+        """The shape of the ViT whose patches, positions and blocks this model takes over."""
+        return ViTConfig(self.image_size, self.patch_size, self.channels, self.width, self.depth, self.heads,
+                         self.mlp_ratio, dropout=self.dropout, eps=self.eps)  # fmt: skip
+
+
+def block_mask(L: int, S: int, attend: str = "all", *, device: torch.device | None = None) -> Tensor:
+    """Who may look at whom among L text and S image tokens: (L+S, L+S) boolean, True = "may look at".
+
+    "all": everyone at everyone, a single stream. "cross": only at the other modality, cross-attention in both
+    directions with shared weights. "separate": only at the own modality, two encoders with shared weights.
+    """
+    text = torch.arange(L + S, device=device) < L
+    same = text[:, None] == text[None, :]
+    return {"all": torch.ones_like(same), "cross": ~same, "separate": same}[attend]
+
+
+def padded_positions(table: Tensor, image_mask: Tensor) -> Tensor:
+    """Positions for pictures of different sizes in one padded batch (official code; the paper's 4.1 says "interpolate").
+
+    table (1, 1+g*g, D) and image_mask (B, rows, columns), True in the upper left rectangle that a picture fills
+    -> (B, 1 + rows*columns, D): each picture gets the whole table, stretched to its own rectangle; zeros elsewhere.
+    """
+    B, rows, columns = image_mask.shape
+    D = table.shape[2]
+    positions = table.new_zeros(B, rows, columns, D)
+    sizes = torch.stack([image_mask[:, :, 0].sum(1), image_mask[:, 0].sum(1)], dim=1)  # (B, 2): rows, columns filled
+    for b, (r, c) in enumerate(sizes.tolist()):
+        positions[b, :r, :c] = interpolate_positions(table, (r, c))[0, 1:].view(r, c, D)
+    return torch.cat([table[:, :1].expand(B, -1, -1), positions.flatten(1, 2)], dim=1)
+
+
+class ViLT(nn.Module):
+    """Words and patches, marked by type -> one encoder -> heads on top (ViLT, Fig. 3, eq. 1-5)."""
+
+    def __init__(self, config: ViLTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.text_embed = TextEmbeddings(c.vocab_size, c.max_text, c.width, dropout=c.dropout, eps=c.text_eps)
+        self.image_embed = ViTEmbeddings(c.image_config())
+        self.type_embed = nn.Embedding(c.modality_types, c.width) if c.modality_types else None
+        self.encoder = Encoder(c.width, c.depth, c.heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout, eps=c.eps)
+        self.pooler = nn.Linear(c.width, c.width)
+        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
+        self.mlm_head = MLMHead(c.width, c.vocab_size, eps=c.text_eps)
+        if c.patch_colours:
+            self.mask_patch = nn.Parameter(torch.zeros(c.width))
+            self.mpp_head = MLMHead(c.width, c.channels * 256, eps=c.text_eps)
+        self.answer_head = answer_head(c.width, c.answers) if c.answers else None
+        init_normal(self)
+        for parameter in (self.image_embed.cls_token, self.image_embed.pos_embed):
+            nn.init.normal_(parameter, std=0.02)
+
+    def embed(
+        self, images: Tensor, ids: Tensor, *, image_mask: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """What the transformer sees: images (B, C, H, W), ids (B, L) -> (B, L + 1 + N, D), text first (eq. 1-3)."""
+        text = self.text_embed(ids)  # (B, L, D), normalised
+        if image_mask is None and hidden is None:
+            image = self.image_embed(images)  # (B, 1+N, D), not normalised
+        else:
+            image = self._odd_pictures(images, image_mask, hidden)
+        if self.type_embed is not None:  # added after the text's LayerNorm, which would otherwise distort it
+            text, image = text + self.type_embed.weight[0], image + self.type_embed.weight[1]
+        return torch.cat([text, image], dim=1)
+
+    def _odd_pictures(self, images: Tensor, image_mask: Tensor | None, hidden: Tensor | None) -> Tensor:
+        """Pictures with padding (`image_mask`) or with hidden patches (`hidden`): (B, 1+N, D)."""
+        embed = self.image_embed
+        x = embed.patch_embed(images)
+        if hidden is not None:
+            x = torch.where(hidden[..., None], self.mask_patch, x)
+        x = torch.cat([embed.cls_token.expand(len(x), -1, -1), x], dim=1)
+        table = embed.pos_embed
+        return embed.dropout(x + (table if image_mask is None else padded_positions(table, image_mask)))
+
+    def forward(
+        self, images: Tensor, ids: Tensor, text_mask: Tensor | None = None, *, image_mask: Tensor | None = None,
+        hidden: Tensor | None = None, rows: int | None = None, everything: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """images (B, C, H, W), ids (B, L) -> pooled p (B, D), and by name "text" (B, L, D), "image" (B, 1+N, D).
+
+        text_mask:  (B, L), True at tokens, False at padding; None: no padding
+        image_mask: (B, H/P, W/P), True at the patches that a picture fills, in batches of padded pictures
+        hidden:     (B, N), True at patches to be replaced by the learned `mask_patch`
+        rows:       compute only the first tokens in the last block: 1 is enough for p, L for all words; the rest is
+                    then missing from "text" and "image"
+        everything: also "embedded" and "block_i" (B, T, D) and "attention_i" (B, heads, T, T), T = L + 1 + N
+        """
+        L, c = ids.shape[1], self.config
+        x = self.embed(images, ids, image_mask=image_mask, hidden=hidden)
+        B, T, _ = x.shape
+        # Padding may not be looked at. Padded tokens themselves are computed like the others, and never read.
+        seen = x.new_ones(B, T, dtype=torch.bool)
+        if text_mask is not None:
+            seen[:, :L] = text_mask
+        if image_mask is not None:
+            seen[:, L + 1 :] = image_mask.flatten(1)
+        mask = seen[:, None, None, :]  # (B, 1, 1, T): every head and every row alike
+        if c.attend != "all":
+            mask = mask & block_mask(L, T - L, c.attend, device=x.device)
+        # Two encoders meet only behind the last block, so there both class tokens are needed.
+        rows = rows if c.attend != "separate" and not everything else None
+        states, named = self.encoder(x, mask=mask, rows=rows, everything=everything)
+        if everything:
+            named["embedded"] = x
+        named |= {"text": states[:, :L], "image": states[:, L:]}
+        pooled = torch.tanh(self.pooler(states[:, 0]))  # the text's class token; the image's has no head
+        if c.attend == "separate":
+            pooled = pooled * torch.tanh(self.pooler(states[:, L]))
+        return pooled, named
+
+
+def answer_head(width: int, answers: int) -> nn.Sequential:
+    """The head of fine-tuning for questions with K frequent answers (paper, 4.3): (B, D) -> (B, K)."""
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, answers))
+
+
+def start_from_vit(model: ViLT, vit: ViT) -> ViLT:
+    """Take patches, class token, positions and blocks from a trained ViT (paper, 4.2); everything else stays random.
+
+    Raises ValueError if the shapes differ.
+    """
+    theirs = {f"image_embed.{k}": v for k, v in vit.embed.state_dict().items()}
+    theirs |= {f"encoder.{k}": v for k, v in vit.encoder.state_dict().items()}
+    ours = model.state_dict()
+    if wrong := [name for name, value in theirs.items() if name not in ours or ours[name].shape != value.shape]:
+        raise ValueError(f"{wrong[0]} of the ViT does not fit this ViLT: give both the same patches, width and depth")
+    model.load_state_dict(theirs, strict=False)
+    return model
