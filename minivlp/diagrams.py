@@ -7,7 +7,7 @@ cannot see it what it shows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -45,6 +45,18 @@ alt_text = {
     "deep interaction; (d) small embedders and nearly everything in the interaction, as in ViLT.",
     "attention_mask": "A table of tokens: a coloured cell means that the token of its row may look at the token of "
     "its column, an empty cell that it may not.",
+    "block_masks": "Attention masks over the same tokens side by side, each under its name: a coloured cell means that "
+    "the token of its row may look at the token of its column, an empty cell that it may not.",
+    "vilt_overview": "ViLT from bottom to top. Left, the caption: word vectors plus positions, then LayerNorm. Right, "
+    "the picture: patches through one linear layer, a class token in front, plus positions. Both get a modality type, "
+    "0 or 1, are joined, text first, and go through the same encoder blocks and a last LayerNorm. The text's [CLS] "
+    "goes through the pooler to ITM, the hidden words to MLM, words and patches to WPA.",
+    "vilt_objectives": "Two passes of the same model for each batch. Pass 1 reads true pairs with hidden words and "
+    "gives the MLM loss. Pass 2 reads whole texts, half of them with another text's picture, and gives the ITM loss "
+    "and the WPA loss. The sum is MLM + ITM + 0.1 times WPA.",
+    "single_and_dual_stream": "Three panels. Single stream: one self-attention and one MLP over text and image "
+    "together. Dual stream in LXMERT's order: cross-attention with shared weights, then self-attention, then an MLP "
+    "for each. Dual encoder: two encoders, whose two vectors meet in a dot product.",
 }
 
 
@@ -194,14 +206,18 @@ class Canvas:
 
     def tokens(
         self, x: float, y: float, labels: Sequence[str], modality: str | Sequence[str] = "neutral", *,
-        side: float = 0.36, gap: float = 0.06, new: Sequence[int] = (), size: float = 9,
+        side: float = 0.36, gap: float = 0.06, new: Sequence[int] = (), size: float = 9, width: float | None = None,
     ) -> list[Box]:  # fmt: skip
-        """A row of squares, one a token, from `x` to the right. Modalities for all or one each; `new` lists indices."""
+        """A row of squares, one a token, from `x` to the right. Modalities for all or one each; `new` lists indices.
+
+        `width` makes the squares boxes of that width, for whole words.
+        """
+        width = width or side
         kinds = [modality] * len(labels) if isinstance(modality, str) else list(modality)
         if len(kinds) != len(labels):
             raise ValueError(f"{len(labels)} tokens have {len(kinds)} modalities: give one for all, or one each")
         return [
-            self.box(x + i * (side + gap), y, side, side, label, modality=kind, new=i in new, size=size, tag="")
+            self.box(x + i * (width + gap), y, width, side, label, modality=kind, new=i in new, size=size, tag="")
             for i, (label, kind) in enumerate(zip(labels, kinds, strict=True))
         ]
 
@@ -472,6 +488,220 @@ def norm_placement() -> Figure:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# ViLT
+
+
+def _bus(c: Canvas, boxes: Sequence[Box], y: float) -> Box:
+    """Collect what leaves the tops of several boxes in one level line at height `y`. Returns the line as a flat box."""
+    ends = [box.side("top") for box in boxes]
+    for x, top in ends:
+        c.arrow((x, top), (x, y), head=False)
+    left, right = ends[0][0], ends[-1][0]
+    c.arrow((left, y), (right, y), head=False)
+    return Box(left, y, right - left, 0)
+
+
+def vilt_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole ViLT (paper, Fig. 3, eq. 1-5) for three words and a picture of 3 x 3 patches; new parts are green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words.
+    """
+    if len(words) != 3:
+        raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
+    pixels = _example_picture() if image is None else picture(image)
+    h, w = pixels.shape[0] // 3, pixels.shape[1] // 3  # pixels of a patch; what does not fit, two at most, is left out
+    if not h or not w:
+        raise ValueError(f"a {pixels.shape[0]}x{pixels.shape[1]} picture has no 3 x 3 patches: give a larger one")
+    pixels = pixels[: 3 * h, : 3 * w]
+    c = Canvas(WIDTH, 8.05)
+    side, gap, wide = 0.31, 0.05, 0.59
+    left, right = 0.1, 3.4  # where text and image begin
+    shape_x = right + 10 * (side + gap) + 0.1  # the column of shapes
+    text_w, image_w = 5 * (wide + gap) - gap, 10 * (side + gap) - gap
+    labels = ["[CLS]", *map(str, words), "[SEP]"]
+    patches = ["CLS", *map(str, range(1, 10))]
+
+    def row(y: float, text: Sequence[str], image: Sequence[str], kind: str = "", new: str = "") -> list[Box]:
+        """Text and image tokens of one height. `kind`: the modality of all, `new`: whose are new."""
+        return [
+            *c.tokens(left, y, text, kind or "text", side=side, gap=gap, width=wide, size=8.5,
+                      new=range(5 if "text" in new else 0)),
+            *c.tokens(right, y, image, kind or "image", side=side, gap=gap, size=8,
+                      new=range(10 if "image" in new else 0)),
+        ]  # fmt: skip
+
+    def plus(lower: Sequence[Box], upper: Sequence[Box]) -> None:
+        for a, b in zip(lower, upper, strict=True):
+            c.note(a.x + a.w / 2, (a.y + a.h + b.y) / 2, "+", ha="center", size=11)
+
+    # The two inputs, each through a table of its own.
+    whole = c.image(right + side + gap, 0.08, 0.9 * min(1, w / h), 0.9 * min(1, h / w), pixels)
+    y = 1.24
+    cut = [c.image(right + (i + 1) * (side + gap), y, side, side,
+                   pixels[i // 3 * h : (i // 3 + 1) * h, i % 3 * w : (i % 3 + 1) * w]) for i in range(9)]  # fmt: skip
+    c.arrow(whole, cut[4], start="right", end="bottom", bend=True)
+    c.note(cut[4].x + side, 0.53, "cut into patches,\nas in lesson 01")
+    caption = c.box(left, y, text_w, side, f"“{' '.join(map(str, words))}”", modality="text")
+    y = 1.78
+    table = c.box(left, y, text_w, 0.32, "tokenizer, then a table of words", modality="text", new=True, tag="", size=9)
+    c.arrow(caption, table)
+    linear = c.box(cut[0].x, y, image_w - side - gap, 0.32, "one linear layer for all patches", modality="image",
+                   size=9.5)  # fmt: skip
+    for patch in cut:
+        c.arrow(patch, (patch.x + side / 2, y))
+    y = 2.34
+    tokens = row(y, labels, patches, new="text")
+    for box in tokens[:5] + tokens[6:]:
+        c.arrow((box.x + box.w / 2, linear.y + linear.h), box)
+    c.note(right - 0.02, 1.94, "class\ntoken", size=8)
+    c.arrow((tokens[5].x + side / 2, 2.1), tokens[5])
+    y = 2.88
+    places = row(y, "01234", [str(i) for i in range(10)], "neutral", new="text")
+    plus(tokens, places)
+    c.note(shape_x, y + side / 2, "+ positions", size=8.5)
+
+    # LayerNorm for the text alone, then the modality type.
+    y = 3.42
+    norm = c.box(left, y, text_w, 0.3, "LayerNorm", new=True, tag="", size=9)
+    for place in places[:5]:
+        c.arrow(place, norm)
+    c.note(shape_x, y + 0.15, "LayerNorm:\ntext alone", size=8.5)
+    y = 3.96
+    types = row(y, "0" * 5, "1" * 10, "neutral", new="text image")
+    plus([Box(t.x, norm.y, t.w, norm.h) for t in types[:5]], types[:5])
+    plus([Box(t.x, norm.y, t.w, norm.h) for t in types[5:]], types[5:])
+    for place in places[5:]:
+        x = place.x + side / 2
+        c.arrow((x, place.y + side), (x, norm.y + norm.h), head=False)
+    c.note(shape_x, y + side / 2, "+ modality\ntype: 0 or 1", size=8.5)
+
+    # One stream for both.
+    full = right + image_w - left
+    y = 4.52
+    blocks = c.box(left, y, full, 0.5, "encoder blocks of lesson 01 (pre-norm): every token looks at every token",
+                   modality="fused", size=10.5)  # fmt: skip
+    for box in types:
+        c.arrow(box, blocks)
+    c.note(shape_x, y + 0.25, "joined, text first\n(B, L+1+N, D)", size=8.5)
+    last = c.box(left, 5.17, full, 0.28, "LayerNorm", size=9)
+    y = 5.63
+    states = row(y, labels, patches, "fused")
+    for box in states:
+        c.arrow((box.x + box.w / 2, blocks.y + blocks.h), (box.x + box.w / 2, last.y), head=False)
+        c.arrow((box.x + box.w / 2, last.y + last.h), box)
+    c.note(shape_x, y + side / 2, "text (B, L, D)\nimage (B, 1+N, D)", size=8)
+
+    # The heads.
+    y, top = 6.7, 7.6
+    pooler = c.box(left, y, 1.15, 0.5, "pooler: linear, tanh", modality="fused", new=True, size=9)
+    c.arrow((states[0].x + wide / 2, states[0].y + side), (states[0].x + wide / 2, y))
+    itm = c.loss(left, top, 1.15, "ITM", new=True)
+    c.arrow(pooler, itm, "linear (B, 2)", side="right")
+    spoken, seen = _bus(c, states[1:4], 6.18), _bus(c, states[6:], 6.32)
+    mlm_head = c.box(1.55, y, 1.55, 0.5, "MLM head", modality="fused", new=True, size=9)
+    c.arrow((2.05, spoken.y), (2.05, y), "hidden words", side="right")
+    mlm = c.loss(1.55, top, 1.55, "MLM", new=True)
+    c.arrow(mlm_head, mlm, "scores (M, V)", side="right")
+    wpa_head = c.box(3.4, y, 2.9, 0.5, "optimal transport of words onto patches", modality="fused", new=True, size=9)
+    c.arrow((spoken.x + spoken.w, spoken.y), (right + side + gap / 2, y), start="right", end="bottom", bend=True)
+    c.arrow((4.9, seen.y), (4.9, y))
+    wpa = c.loss(3.4, top, 2.9, "WPA, weight 0.1", new=True)
+    c.arrow(wpa_head, wpa, "distance (B)", side="right")
+    symbols = ("B pairs", "L text tokens", "N patches", "D numbers a token", "M hidden words", "V words in the table")
+    for i, symbol in enumerate(symbols):
+        c.note(6.6, 7.88 - 0.16 * i, symbol, size=8.5, colour=QUIET)
+    return c.fig
+
+
+def vilt_objectives() -> Figure:
+    """The two passes of a ViLT training batch (official code): one for MLM, one for ITM and WPA."""
+    c = Canvas(WIDTH, 5.6)
+    whole = ("a red house", "two small fish", "a cat on a tree", "a blue boat")
+    hidden = ("a [MASK] house", "two small [MASK]", "a [MASK] on a tree", "a blue [MASK]")
+    total = c.loss(2.3, 5.18, WIDTH - 4.6, "loss = MLM + ITM + 0.1 · WPA")
+    for left, title, texts, pictures, answers in (
+        (0.1, "pass 1: true pairs, words hidden", hidden, "1234", ("red", "fish", "cat", "boat")),
+        (4.3, "pass 2: whole texts, half the pictures swapped", whole, "1432", ("yes", "no", "yes", "no")),
+    ):
+        second = texts is whole
+        for k, (text, number, answer) in enumerate(zip(texts, pictures, answers, strict=True)):
+            y, true = 1.62 - 0.4 * k, int(number) == k + 1
+            c.box(left + 0.1, y, 1.5, 0.31, text, modality="text", size=9)
+            c.note(left + 1.74, y + 0.155, "=" if true else "≠", ha="center", size=12, weight="bold")
+            c.box(left + 1.88, y, 0.9, 0.31, f"picture {number}", modality="image", size=9)
+            c.note(left + 2.86, y + 0.155, f"{'match' if second else 'word'}: {answer}", size=8.5)
+        inputs = c.frame(left, 0.32, 3.8, 1.98, title)
+        model = c.box(left, 2.68, 3.8, 0.42, "ViLT", modality="fused", shared=True, size=11)
+        c.arrow(inputs, model)
+        if not second:
+            heads = [("MLM head, at the hidden words", "MLM", 0.6, 2.6)]
+        else:
+            heads = [("pooled [CLS], 2 scores", "ITM", 0.0, 1.8), ("words onto patches", "WPA", 2.0, 1.8)]
+        for words, name, x, w in heads:
+            head = c.box(left + x, 3.42, w, 0.42, words, modality="fused", size=9)
+            c.arrow((left + x + w / 2, model.y + model.h), head)
+            loss = c.loss(left + x, 4.14, w, name)
+            c.arrow(head, loss)
+            c.arrow(loss, total, start="top", end="bottom", bend=True, at=(0.5, 0.5))
+    c.note(0.1, 0.14, "The double outline: both passes use the same weights.", size=8.5, colour=QUIET)
+    return c.fig
+
+
+def single_and_dual_stream() -> Figure:
+    """Three ways in which L text and S image tokens can meet: single stream, dual stream (LXMERT), dual encoder.
+
+    Shortcuts and LayerNorms are left out.
+    """
+    c = Canvas(WIDTH, 4.95)
+    w, gap = 1.13, 0.2
+    both = 2 * w + gap
+    single, dual, encoders = (0.1 + k * 2.78 for k in range(3))
+    for x, title, names, cost in (
+        (single, "single stream", "one layer of ViLT or UNITER", "(L + S)² scores,\neach row one softmax"),
+        (dual, "dual stream", "one layer of LXMERT", "2·L·S + L² + S² scores"),
+        (encoders, "dual encoder", "CLIP, whole", "L² + S² scores in each layer,\nnone between the two"),
+    ):
+        c.note(x + both / 2, 4.8, title, ha="center", weight="bold", size=11)
+        c.note(x + both / 2, 4.58, names, ha="center", colour=QUIET)
+        c.note(x + both / 2, 0.5, cost, ha="center", size=8.5, width=both)
+    below = "A double outline: the same weights. Shortcuts and LayerNorms are left out."
+    c.note(single, 0.12, below, size=8.5, colour=QUIET)
+
+    def two(x: float, y: float, h: float, text: str, image: str, **look: Any) -> list[Box]:
+        """A box for the text and one for the image beside it."""
+        kinds = {"modality": "fused"} if look else {}
+        return [c.box(x + k * (w + gap), y, w, h, words, size=9, **({"modality": kind} | kinds), **look)
+                for k, (kind, words) in enumerate((("text", text), ("image", image)))]  # fmt: skip
+
+    def up(*rows: Sequence[Box]) -> None:
+        for lower, upper in pairwise(rows):
+            for a, b in zip(lower, upper, strict=True):
+                c.arrow(a, b)
+
+    low, high = 0.78, 4.08
+    attention = c.box(single, 1.7, both, 0.6, "self-attention over [text; image]", modality="fused")
+    mlp = c.box(single, 2.92, both, 0.45, "MLP", modality="fused")
+    up(two(single, low, 0.3, "text (L, D)", "image (S, D)"), [attention] * 2)
+    c.arrow(attention, mlp)
+    up([mlp] * 2, two(single, high, 0.3, "text′ (L, D)", "image′ (S, D)"))
+
+    inputs = two(dual, low, 0.3, "text (L, D)", "image (S, D)")
+    cross = two(dual, 1.7, 0.5, "cross-attention", "cross-attention", shared=True)
+    up(cross, two(dual, 2.58, 0.42, "self-attention", "self-attention"), two(dual, 3.35, 0.42, "MLP", "MLP"),
+       two(dual, high, 0.3, "text′ (L, D)", "image′ (S, D)"))  # fmt: skip
+    for k, (outer, inner) in enumerate(((0.3, 0.7), (0.7, 0.3))):
+        c.arrow(inputs[k], cross[k], start="top", end="bottom", at=(outer, outer))
+        c.arrow(inputs[1 - k], cross[k], start="top", end="bottom", at=(outer, inner))
+        c.note(cross[k].x + outer * w + (0.1 if k else -0.1), 1.38, "q", ha="center")
+    c.note(dual + both / 2, 1.6, "k, v", ha="center")
+
+    dot = c.box(encoders, high, both, 0.3, "dot product: one number", size=9)
+    up(two(encoders, low, 0.3, "text (L, D)", "image (S, D)"), two(encoders, 1.7, 1.3, "text encoder", "image encoder"),
+       two(encoders, 3.35, 0.3, "vector (D)", "vector (D)"), [dot] * 2)  # fmt: skip
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Maps of the course
 
 LESSONS = {  # number -> name, what it is, the modality of its colour
@@ -574,16 +804,43 @@ def attention_mask(
     self-attention, where T = S, labels and groups of the columns are those of the rows. A cell has the colour of the
     modality it reads, and purple where it crosses from image to text or back.
     """
-    m = array(mask, "mask", ndim=2)
-    if m.dtype != bool:
-        raise ValueError(f"mask must be boolean (True = may look), not {m.dtype}: write mask.bool() or mask == 0")
-    T, S = m.shape
+    return _masks({"": mask}, row_labels, col_labels, groups=groups, col_groups=col_groups, title=title)
+
+
+def block_masks(
+    masks: Mapping[str, Any], row_labels: Sequence[str], groups: Sequence[str] | None = None, *,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Several masks over the same tokens side by side, for instance those of a single stream, of cross-attention and of
+    two encoders: the name of each -> (T, T) boolean, True = the row's token may look at the column's.
+
+    `row_labels` and `groups` have one entry a token, as in `attention_mask`.
+    """
+    if not masks:
+        raise ValueError("there is nothing to draw: masks is empty")
+    return _masks(masks, row_labels, groups=groups, title=title)
+
+
+def _masks(
+    masks: Mapping[str, Any], row_labels: Sequence[str], col_labels: Sequence[str] | None = None, *,
+    groups: Sequence[str] | None = None, col_groups: Sequence[str] | None = None, title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Masks (T, S) of the same tokens in a row, each under its name."""
+    checked: dict[str, np.ndarray] = {}
+    for key, mask in masks.items():
+        name = f"masks[{key!r}]" if key else "mask"
+        m = checked[key] = array(mask, name, ndim=2)
+        if m.dtype != bool:
+            raise ValueError(f"{name} must be boolean (True = may look), not {m.dtype}: write mask.bool() or mask == 0")
+        T, S = next(iter(checked.values())).shape
+        if m.shape != (T, S):
+            raise ValueError(f"{name} has the shape {m.shape}, the first ({T}, {S}): give masks of the same tokens")
     col_labels = row_labels if col_labels is None else col_labels
     col_groups = groups if col_groups is None and T == S else col_groups
     for name, values, n in (("row_labels", row_labels, T), ("col_labels", col_labels, S),
                             ("groups", groups, T), ("col_groups", col_groups, S)):  # fmt: skip
         if values is not None and len(values) != n:
-            raise ValueError(f"{name} has {len(values)} entries for a mask of shape {m.shape}: give {n}")
+            raise ValueError(f"{name} has {len(values)} entries for a mask of shape {(T, S)}: give {n}")
     if (groups is None) != (col_groups is None):
         raise ValueError("rows or columns have no modalities: give both groups and col_groups, or neither")
     rows, columns = groups or ["neutral"] * T, col_groups or ["neutral"] * S
@@ -591,50 +848,39 @@ def attention_mask(
         raise ValueError(f"there is no modality {unknown[0]!r}: choose one of {', '.join(STRONG)}")
 
     row_labels, col_labels = [str(label) for label in row_labels], [str(label) for label in col_labels]
-
-    def cross(a: str, b: str) -> str:
-        return "fused" if {a, b} == {"image", "text"} else b
-
     words = {"image": "looks at image", "text": "looks at text", "fused": "crosses over", "neutral": "may look"}
-    used = {cross(rows[r], columns[k]) for r, k in zip(*np.nonzero(m), strict=True)}
-    legend = [(STRONG[kind], words[kind]) for kind in STRONG if kind in used] + [("white", "may not")] * (not m.all())
+    used = {_reads(rows[r], columns[k]) for m in checked.values() for r, k in zip(*np.nonzero(m), strict=True)}
+    legend = [(STRONG[kind], words[kind]) for kind in STRONG if kind in used]
+    legend += [("white", "may not")] * (not all(m.all() for m in checked.values()))
 
-    size = 9.0
+    size, between, n = 9.0, 0.3, len(checked)
     beside = 0.5 + max(text_width(label, size) for label in row_labels)
-    cell = min(0.4, max(5.8 / T, 0.1), (WIDTH - beside - 0.15) / S)
+    cell = min(0.4, max(5.8 / T, 0.1), (WIDTH - beside - 0.15 - (n - 1) * between) / (n * S))
     turned = any(text_width(label, size) > cell - 0.04 for label in col_labels)
     above = 0.5 + (max(text_width(label, size) for label in col_labels) if turned else 0.1)
-    width = max(beside + max(S * cell, 0.7) + 0.15, 0.1 + sum(text_width(word, size) + 0.4 for _, word in legend))
+    panel = max(S * cell, 0.7)
+    width = round(beside + n * panel + (n - 1) * between + 0.15, 6)
+    width = max(width, 0.1 + sum(text_width(word, size) + 0.4 for _, word in legend))
     heading = wrap(title, width - 0.16, 11, "bold") if title else ""
     head = text_height(heading.count("\n") + 1, 11) + 0.1 if title else 0.05
+    names = [wrap(key, panel + between - 0.1, 10, "bold") for key in checked]
+    named = text_height(max(name.count("\n") + 1 for name in names), 10) + 0.05 if any(names) else 0.0
     foot = 0.36
-    c = Canvas(width, foot + T * cell + above + head)
-    left, top = beside, foot + T * cell
-
-    cells = [STRONG[cross(rows[r], columns[k])] if m[r, k] else "white" for r in range(T) for k in range(S)]
-    place = (left, left + S * cell, foot, top)
-    c.ax.imshow(to_rgba_array(cells).reshape(T, S, 4), extent=place, aspect="auto", interpolation="nearest")
-    c.ax.set(xlim=(0, c.width), ylim=(0, c.height))
-    c.ax.vlines(left + np.arange(S + 1) * cell, foot, top, color="#C8C8C8", linewidth=0.7)
-    c.ax.hlines(foot + np.arange(T + 1) * cell, left, left + S * cell, color="#C8C8C8", linewidth=0.7)
-    if cell >= 0.2:  # a second sign beside the colour
-        r, k = np.nonzero(m)
-        c.ax.plot(left + (k + 0.5) * cell, top - (r + 0.5) * cell, "o", color="white", markersize=14 * cell, zorder=2.5)
-    for r in range(1, T):  # a strong line where the modality changes
-        if rows[r] != rows[r - 1]:
-            c.ax.plot([left, left + S * cell], [top - r * cell] * 2, color=INK, linewidth=1.6, zorder=3)
-    for k in range(1, S):
-        if columns[k] != columns[k - 1]:
-            c.ax.plot([left + k * cell] * 2, [foot, top], color=INK, linewidth=1.6, zorder=3)
-    step = 1 + int(0.15 / cell)  # rather leave labels out than print one over another
-    for r in range(0, T, step):
-        c.ax.text(left - 0.07, top - (r + 0.5) * cell, row_labels[r], ha="right", va="center", fontsize=size,
-                  color=EDGES[rows[r]], parse_math=False)  # fmt: skip
-    for k in range(0, S, step):
-        c.ax.text(left + (k + 0.5) * cell, top + 0.06, col_labels[k], ha="center", va="bottom", fontsize=size,
-                  rotation=90 if turned else 0, color=EDGES[columns[k]], parse_math=False)  # fmt: skip
+    c = Canvas(width, foot + T * cell + above + named + head)
+    top = foot + T * cell
+    for i, (name, m) in enumerate(zip(names, checked.values(), strict=True)):
+        left = beside + i * (panel + between)
+        _cells(c, m, rows, columns, left, top, cell)
+        c.note(left, top + above + named - 0.03, name, size=10, weight="bold", va="top")
+        step = 1 + int(0.15 / cell)  # rather leave labels out than print one over another
+        for r in range(0, T if i == 0 else 0, step):
+            c.ax.text(left - 0.07, top - (r + 0.5) * cell, row_labels[r], ha="right", va="center", fontsize=size,
+                      color=EDGES[rows[r]], parse_math=False)  # fmt: skip
+        for k in range(0, S, step):
+            c.ax.text(left + (k + 0.5) * cell, top + 0.06, col_labels[k], ha="center", va="bottom", fontsize=size,
+                      rotation=90 if turned else 0, color=EDGES[columns[k]], parse_math=False)  # fmt: skip
     c.ax.text(0.12, (foot + top) / 2, "who looks", rotation=90, ha="center", va="center", fontsize=9, weight="bold")
-    c.note(left, top + above - 0.12, "at whom", weight="bold")
+    c.note(beside, top + above - 0.12, "at whom", weight="bold")
     c.note(0.08, c.height - 0.06, heading, size=11, weight="bold", va="top")
     x = 0.08
     for colour, word in legend:
@@ -642,3 +888,31 @@ def attention_mask(
         c.note(x + 0.22, 0.16, word)
         x += text_width(word, size) + 0.4
     return c.fig
+
+
+def _reads(row: str, column: str) -> str:
+    """The colour of a cell: what is read, or "fused" where image and text meet."""
+    return "fused" if {row, column} == {"image", "text"} else column
+
+
+def _cells(
+    c: Canvas, m: np.ndarray, rows: Sequence[str], columns: Sequence[str], left: float, top: float, cell: float
+) -> None:
+    """Draw one mask (T, S), whose upper left corner is at (left, top), in square cells of `cell` inches."""
+    T, S = m.shape
+    right, foot = left + S * cell, top - T * cell
+    cells = [STRONG[_reads(rows[r], columns[k])] if m[r, k] else "white" for r in range(T) for k in range(S)]
+    c.ax.imshow(to_rgba_array(cells).reshape(T, S, 4), extent=(left, right, foot, top), aspect="auto",
+                interpolation="nearest")  # fmt: skip
+    c.ax.set(xlim=(0, c.width), ylim=(0, c.height))
+    c.ax.vlines(left + np.arange(S + 1) * cell, foot, top, color="#C8C8C8", linewidth=0.7)
+    c.ax.hlines(foot + np.arange(T + 1) * cell, left, right, color="#C8C8C8", linewidth=0.7)
+    if cell >= 0.2:  # a second sign beside the colour
+        r, k = np.nonzero(m)
+        c.ax.plot(left + (k + 0.5) * cell, top - (r + 0.5) * cell, "o", color="white", markersize=14 * cell, zorder=2.5)
+    for r in range(1, T):  # a strong line where the modality changes
+        if rows[r] != rows[r - 1]:
+            c.ax.plot([left, right], [top - r * cell] * 2, color=INK, linewidth=1.6, zorder=3)
+    for k in range(1, S):
+        if columns[k] != columns[k - 1]:
+            c.ax.plot([left + k * cell] * 2, [foot, top], color=INK, linewidth=1.6, zorder=3)

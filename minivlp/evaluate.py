@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minivlp.data.text import Tokenizer
 from minivlp.train import evaluating
 
 
@@ -77,3 +80,76 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds (0.0 for a single one)."""
     v = np.asarray(values, dtype=float)
     return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0
+
+
+def recall_at(scores: Tensor, truth: Tensor, k: int) -> float:
+    """R@k: share of the queries (rows of `scores` (Q, G)) whose own item `truth` (Q,) is among the k best of G.
+
+    Items that score exactly as high as the truth count as better, so a model that knows nothing scores 0.
+    """
+    own = scores.gather(1, truth[:, None])
+    better = (scores >= own).sum(dim=1) - 1
+    return (better < k).float().mean().item()
+
+
+def probe_scores(scores: Tensor) -> dict[str, float]:
+    """Winoground's numbers (Thrush et al. 2022): scores (n, 2, 2), `[p, i, c]` of picture i with caption c of probe p.
+
+    "pair": share of pictures that prefer their own caption (chance 1/2); "text": both pictures of a probe do (1/4);
+    "image": both captions prefer their own picture (1/4); "group": both of these (1/6).
+    """
+    a, b, c, d = scores[:, 0, 0], scores[:, 0, 1], scores[:, 1, 1], scores[:, 1, 0]
+    text, image = (a > b) & (c > d), (a > d) & (c > b)
+    pair = torch.cat([a > b, c > d])
+    return {name: v.float().mean().item() for name, v in
+            {"pair": pair, "text": text, "image": image, "group": text & image}.items()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """Sentences with one word hidden whole, for pictures whose numbers are `rows` (n,)."""
+
+    rows: Tensor  # (n,) of the pictures
+    ids: Tensor  # (n, L), [MASK] at every piece of the hidden word
+    mask: Tensor  # (n, L), True at tokens
+    answers: tuple[str, ...]  # n facts, for instance "cat" where "kitten" was hidden
+    facts: Mapping[str, str]  # every word that counts -> the fact it names
+
+
+def cloze(captions: Sequence[str], tokenizer: Tokenizer, facts: Mapping[str, str]) -> Cloze:
+    """Hide in each caption the first word that names a fact; captions without one are left out.
+
+    `facts` maps words to what they name ("kitten" -> "cat"), so that any name of the right thing counts as right.
+    """
+    ids, mask = tokenizer.encode_batch(captions)
+    groups = tokenizer.word_groups(ids)
+    rows, answers = [], []
+    for row, caption in enumerate(captions):
+        words = re.findall(r"\w+|[^\w\s]", caption.lower())  # the words that BERT's rules make: their numbers agree
+        hidden = next((k for k, word in enumerate(words) if word in facts), None)
+        if hidden is not None:
+            rows.append(row)
+            answers.append(facts[words[hidden]])
+            ids[row, groups[row] == hidden] = tokenizer.mask_id
+    chosen = torch.tensor(rows)
+    return Cloze(chosen, ids[chosen], mask[chosen], tuple(answers), facts)
+
+
+def filled_in(
+    cloze: Cloze, tokenizer: Tokenizer, scores: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int = 250
+) -> list[str]:
+    """The most likely word for each hidden one, as text, n of them.
+
+    `scores(rows, ids, mask)` gives the vocabulary scores (B, L, V) for the pictures `rows` (B,).
+    """
+    words = []
+    for chosen in torch.arange(len(cloze.rows)).split(batch_size):
+        ids, mask = cloze.ids[chosen], cloze.mask[chosen]
+        guess = scores(cloze.rows[chosen], ids, mask).argmax(-1).cpu()
+        words += [tokenizer.decode(g[i == tokenizer.mask_id]) for g, i in zip(guess, ids, strict=True)]
+    return words
+
+
+def cloze_accuracy(cloze: Cloze, words: Sequence[str]) -> float:
+    """Share of the hidden words that were filled in with a name of the right fact."""
+    return sum(cloze.facts.get(word) == answer for word, answer in zip(words, cloze.answers, strict=True)) / len(words)

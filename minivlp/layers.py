@@ -181,7 +181,7 @@ class TextEmbeddings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Raises ValueError if a text is longer than the position table."""
         L = ids.shape[1]
-        if L > self.position.num_embeddings:
+        if self.position.num_embeddings < L:
             raise ValueError(f"a text of {L} tokens does not fit {self.position.num_embeddings} positions: cut it with "
                              "encode_batch(..., max_length=...) or build the model with a larger max_text")  # fmt: skip
         return self.dropout(self.norm(self.word(ids) + self.position.weight[:L]))
@@ -211,7 +211,7 @@ def init_normal(model: nn.Module, *, std: float = 0.02) -> None:
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.LayerNorm):
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 

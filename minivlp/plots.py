@@ -467,6 +467,82 @@ def ablation_bars(
     return fig
 
 
+def histograms(
+    groups: Mapping[str, Any], *, xlabel: str, bins: int = 40, title: str | None = None,
+    vline: tuple[float, str] | None = None,
+) -> Figure:  # fmt: skip
+    """How the values of several groups are spread: histograms over each other, on the same bins.
+
+    `groups` maps a name to its values (n,), with as many in each as you like: a bar is the share of its own group.
+    `vline` is a value worth knowing and its name.
+    """
+    values = {name: array(v, f"groups[{name!r}]", ndim=1).astype(float) for name, v in groups.items()}
+    if not values:
+        raise ValueError("there is nothing to draw: groups is empty")
+    for name, v in values.items():
+        if not len(v) or not np.isfinite(v).all():
+            raise ValueError(f"groups[{name!r}] must be finite numbers, at least one: leave out what is not")
+    edges = np.histogram_bin_edges(np.concatenate([*values.values()]), bins=bins)
+    fig = new_figure(WIDTH, 3.4)
+    ax = fig.add_subplot()
+    for i, (name, v) in enumerate(values.items()):
+        colour, share = CYCLE[i % len(CYCLE)], np.full(len(v), 1 / len(v))
+        label = f"{name}: mean {v.mean():.3g} (n = {len(v):,})"
+        ax.hist(v, edges, weights=share, color=colour, alpha=0.3)
+        ax.hist(v, edges, weights=share, color=colour, histtype="step", linewidth=1.8, label=label,
+                linestyle=("-", (0, (4, 2)), (0, (1, 1)))[i % 3])  # fmt: skip
+    ax.set(xlabel=xlabel, ylabel="share of the group")
+    if vline is not None:
+        _level(ax, *vline, vertical=True)
+    ax.set_title(title or "", pad=18 if vline is not None else 6)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    return fig
+
+
+def stacked_times(rows: Mapping[str, Mapping[str, float]], *, xlabel: str, title: str | None = None) -> Figure:
+    """Where the time goes: one level bar a row, made of its parts, with the total at its end.
+
+    `rows` maps a name to the values of its parts, such as {"linear patches": {"image embedding": 0.4, "blocks": 12.0}}.
+    Rows may have different parts; the same part has the same colour everywhere, and parts follow each other in the
+    order of their first mention.
+    """
+    if not rows or not all(rows.values()):
+        raise ValueError("there is nothing to draw: give at least one row, and each row at least one part")
+    for name, row in rows.items():
+        if wrong := [part for part, v in row.items() if not (np.isfinite(v) and v >= 0)]:
+            raise ValueError(f"rows[{name!r}][{wrong[0]!r}] is {row[wrong[0]]}: give a number of 0 or more")
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    labels = [wrap(name, 2.2, SMALL) for name in rows]
+    lines = max(label.count("\n") + 1 for label in labels)
+    fig = new_figure(WIDTH, 1.0 + (0.3 if title else 0) + (0.2 + text_height(lines, SMALL)) * len(rows))
+    ax = fig.add_subplot()
+    longest = max(sum(row.values()) for row in rows.values()) or 1.0
+    for p, part in enumerate(parts):
+        colour = CYCLE[p % len(CYCLE)]
+        starts = [sum(row.get(q, 0.0) for q in parts[:p]) for row in rows.values()]
+        lengths = [row.get(part, 0.0) for row in rows.values()]
+        ax.barh(range(len(rows)), lengths, left=starts, height=0.62, color=colour, edgecolor="white", linewidth=0.8,
+                label=part)  # fmt: skip
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if text_width(_short(length), SMALL) + 0.1 < 4.2 * length / longest:  # the axis is a little longer
+                ax.text(start + length / 2, i, _short(length), ha="center", va="center", fontsize=SMALL,
+                        color=_ink_on(colour))  # fmt: skip
+    for i, row in enumerate(rows.values()):
+        ax.annotate(_short(sum(row.values())), (sum(row.values()), i), (5, 0), textcoords="offset points",
+                    va="center", fontsize=SMALL, weight="bold")  # fmt: skip
+    ax.set_yticks(range(len(rows)), labels, parse_math=False)
+    ax.set(xlim=(0, 1.13 * longest), ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=title or "")
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    return fig
+
+
+def _short(value: float) -> str:
+    """Three digits that matter, never an exponent for large numbers: 0.412, 12.3, 948, 1,204."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Matrices
 
@@ -578,26 +654,60 @@ def attention_overlay(
     Each map is stretched to its own maximum, which is printed above it. `titles` name the maps, or the layers of
     a grid.
     """
-    pixels, m = picture(image), array(maps, "maps", ndim=(3, 4)).astype(float)
+    m = array(maps, "maps", ndim=(3, 4)).astype(float)
     grid = m.ndim == 4
     _same_length(titles, "titles", len(m), "maps")
     titles = titles or [f"{'layer' if grid else 'map'} {i + 1}" for i in range(len(m))]
+    names = [f"{name}, head {h + 1}" for name in titles for h in range(m.shape[1])] if grid else titles
+    names = [f"{name}\nmax {peak:.2f}" for name, peak in zip(names, m.max(axis=(-2, -1)).flat, strict=True)]
+    patches = m.shape[-2] * m.shape[-1]
+    note = ("The darker, the more attention, up to each map's own maximum. No preference at all would be "
+            f"1/{patches} = {1 / patches:.3g} everywhere.")  # fmt: skip
+    return _overlays(picture(image), m, names, note, title=title)
+
+
+def transport_plan(
+    image: Any, plan: Any, words: Sequence[str], *, boxes: Sequence[Sequence[float] | None] | None = None,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Where each word is carried in one picture (ViLT, Fig. 4): plan (m, gh, gw), the mass of m words on each patch.
+
+    `boxes` has one entry a word: where the named thing really is, as (left, top, right, bottom) in pixels of the
+    picture, or None.
+    """
+    pixels, m = picture(image), array(plan, "plan", ndim=3).astype(float)
+    if not len(m):
+        raise ValueError("there is nothing to draw: plan has no words")
+    _same_length(words, "words", len(m), "maps of the plan")
+    _same_length(boxes, "boxes", len(m), "words")
+    for i, box in enumerate(boxes or []):
+        if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"boxes[{i}] is {tuple(box)}: give (left, top, right, bottom) in pixels")
+    note = ("The darker, the more of the word lies there, up to each word's own maximum. Spread evenly it would be "
+            f"{m.mean():.2g} everywhere.")  # fmt: skip
+    if boxes is not None and any(box is not None for box in boxes):
+        note += " Blue frame: where the thing is."
+    names = [f"{word}\nmax {peak:.3f}" for word, peak in zip(words, m.max(axis=(1, 2)), strict=True)]
+    return _overlays(pixels, m, names, note, boxes=boxes, title=title)
+
+
+def _overlays(
+    pixels: np.ndarray, m: np.ndarray, names: Sequence[str], note: str, *, title: str | None,
+    boxes: Sequence[Sequence[float] | None] | None = None,
+) -> Figure:  # fmt: skip
+    """A picture (H, W, 3) and maps over it (n, gh, gw) or (layers, heads, gh, gw), each under its name; see above."""
+    grid = m.ndim == 4
     flat = m.reshape(-1, *m.shape[-2:])
-    if grid:
-        per_row, names = m.shape[1], [f"{name}, head {h + 1}" for name in titles for h in range(m.shape[1])]
-    else:
-        per_row, names = -(-len(m) // -(-len(m) // 5)), list(titles)  # rows of equal length, of five at most
+    per_row = m.shape[1] if grid else -(-len(m) // -(-len(m) // 5))  # rows of equal length, of five at most
     if per_row > 12:
         raise ValueError(f"{per_row} heads side by side are too many to see anything: show 12 at most")
     rows, columns = -(-len(flat) // per_row), per_row + 1  # the picture itself stands at the left
     cell = min(1.75, WIDTH / columns)
     side = cell - 0.12
-    texts = [wrap(f"{name}\nmax {peak:.2f}", side, 8) for name, peak in zip(names, flat.max(axis=(1, 2)), strict=True)]
+    texts = [wrap(name, side, 8) for name in names]
     label = text_height(max(t.count("\n") + 1 for t in texts), 8) + 0.06
     height, head = side * pixels.shape[0] / pixels.shape[1], 0.3 if title else 0.05
-    patches = m.shape[-2] * m.shape[-1]
-    note = wrap("The darker, the more attention, up to each map's own maximum. No preference at all would be "
-                f"1/{patches} = {1 / patches:.3g} everywhere.", columns * cell - 0.12, 8)  # fmt: skip
+    note = wrap(note, columns * cell - 0.12, 8)
     foot = text_height(note.count("\n") + 1, 8) + 0.08
 
     fig = new_figure(columns * cell, rows * (height + label + 0.06) + head + foot, layout="none")
@@ -615,6 +725,11 @@ def attention_overlay(
         heat[..., 3] = 0.75 * np.clip(flat[k] / max(flat[k].max(), 1e-12), 0, 1)
         ax.imshow(pale, extent=place, aspect="auto")
         ax.imshow(heat.copy(), extent=place, aspect="auto", interpolation="nearest")
+        if boxes is not None and boxes[k] is not None:
+            x0, y0, x1, y1 = (float(v) * side / pixels.shape[1] for v in boxes[k])
+            for width, colour in ((4, "white"), (1.8, BLUE)):  # seen on light and on dark
+                ax.add_patch(Rectangle((place[0] + x0, top - y1), x1 - x0, y1 - y0, fill=False, edgecolor=colour,
+                                       linewidth=width))  # fmt: skip
         ax.text(place[0] + side / 2, top + 0.03, texts[k], ha="center", va="bottom", fontsize=8, linespacing=1.1,
                 parse_math=False)  # fmt: skip
         if c == 0 and (r == 0 or grid):
@@ -680,4 +795,42 @@ def attention_distance(
         name = wrap(hline[1], 1.6, SMALL)  # in the legend, for on the line it would hide dots
         ax.axhline(hline[0], color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1, label=name)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    return fig
+
+
+def block_attention(mass: Any, *, even: float | None = None, title: str | None = None) -> Figure:
+    """Who looks at whom in a single stream: mass (layers, 4), the shares of attention from text to text, text to image,
+    image to text and image to image, so that the first two add up to 1, and the last two.
+
+    `even` is the share of text among all tokens, which a token without any preference would give to the text.
+    """
+    m = array(mass, "mass", ndim=2).astype(float)
+    if m.shape[1] != 4:
+        raise ValueError(f"mass must be of shape (layers, 4), but its shape is {m.shape}")
+    sums = m.reshape(-1, 2, 2).sum(axis=2)  # (layers, 2)
+    if len(off := np.argwhere(~(np.abs(sums - 1) < 0.01))):
+        layer, who = off[0]
+        raise ValueError(f"what {('text', 'image')[who]} tokens look at in layer {layer + 1} adds up to "
+                         f"{sums[layer, who]:.3g}, not 1: average over heads and over these tokens' rows")  # fmt: skip
+    fig = new_figure(WIDTH, 3.3 + (0.25 if title else 0))
+    layers = np.arange(1, len(m) + 1)
+    axes = fig.subplots(1, 2, sharey=True)
+    for ax, who, shares in zip(axes, ("text", "image"), (m[:, :2], m[:, 2:]), strict=True):
+        for name, colour, start, height in (
+            ("at text", ORANGE, 0 * shares[:, 0], shares[:, 0]), ("at image", BLUE, shares[:, 0], shares[:, 1]),
+        ):  # fmt: skip
+            ax.bar(layers, height, bottom=start, width=0.7, color=colour, label=name)
+            for x, low, h in zip(layers, start, height, strict=True):
+                if h > 0.07 and len(layers) <= 6:
+                    ax.text(x, low + h / 2, f"{h:.2f}", ha="center", va="center", fontsize=SMALL, color=_ink_on(colour),
+                            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1}, zorder=4)  # fmt: skip
+        if even is not None:
+            ax.axhline(even, color=INK, linestyle=(0, (5, 3)), linewidth=1.4, label="at text, without any preference")
+        ax.set(xlabel="layer", title=f"{who} tokens look …", ylim=(0, 1))
+        ax.set_xticks(layers)
+        ax.grid(False, axis="x")
+    axes[0].set_ylabel("share of attention")
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
     return fig

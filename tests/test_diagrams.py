@@ -27,6 +27,9 @@ def style():
 
 TOKENS = ["query 1", "query 2", "[DEC]", "a", "red", "umbrella"]
 MASK = np.tril(np.ones((6, 6), bool))
+PAIR, PAIR_GROUPS = ["[CLS]", "a", "cat", "[SEP]", "CLS", "1", "2", "3", "4"], ["text"] * 4 + ["image"] * 5
+SAME = np.equal.outer(PAIR_GROUPS, PAIR_GROUPS)
+BLOCKS = {"all\n(single stream)": SAME | True, "cross\n(cross-attention)": ~SAME, "separate\n(two encoders)": SAME}
 
 DRAWINGS = {
     "legend_strip": diagrams.legend_strip,
@@ -48,6 +51,16 @@ DRAWINGS = {
     ),
     "attention_mask large": lambda: diagrams.attention_mask(np.eye(60, dtype=bool), range(60)),
     "attention_mask tiny": lambda: diagrams.attention_mask([[True]], ["a"]),
+    "block_masks": lambda: diagrams.block_masks(BLOCKS, PAIR, PAIR_GROUPS, title="One layer, three architectures"),
+    "block_masks large": lambda: diagrams.block_masks(
+        {"all": np.ones((57, 57), bool), "own": np.eye(57, dtype=bool)}, range(57)
+    ),
+    "vilt_overview": diagrams.vilt_overview,
+    "vilt_overview words": lambda: diagrams.vilt_overview(
+        np.zeros((3, 32, 64), np.uint8), words=("a", "white", "umbrella")
+    ),
+    "vilt_objectives": diagrams.vilt_objectives,
+    "single_and_dual_stream": diagrams.single_and_dual_stream,
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -175,15 +188,77 @@ def test_overview_shows_the_given_picture():
     assert _png(diagrams.vit_overview(red)) != _png(diagrams.vit_overview())
 
 
+def boxes(fig: Figure, **look) -> list[str]:
+    """The words of the boxes, in the order of drawing, whose outline is green (new=True) or double (shared=True)."""
+    outlines = fig.findobj(FancyBboxPatch)
+    names = {p.get_gid() for p in outlines if p.get_gid() and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)}
+    if "shared" in look:  # the inner outline follows its box and has no name
+        names = {a.get_gid() for a, b in itertools.pairwise(outlines)
+                 if a.get_gid() and not b.get_gid() and b.get_linestyle() == "solid"}  # fmt: skip
+    return [t.get_text() for t in words(fig) if t.get_gid() in names]
+
+
+def test_vilt_marks_what_lesson_01_did_not_have():
+    new = boxes(diagrams.vilt_overview(), new=True)
+    caption = ["[CLS]", "a", "red", "house", "[SEP]"]
+    assert new[:12] == ["tokenizer, then a table of words", *caption, *"01234", "LayerNorm"]
+    assert new[12:27] == ["0"] * 5 + ["1"] * 10  # one modality type for each word and each patch
+    heads = ["pooler: linear, tanh", "ITM", "MLM head", "MLM", "optimal transport of words onto patches"]
+    assert [" ".join(text.split()) for text in new[27:]] == [*heads, "WPA, weight 0.1"]
+
+
+def test_vilt_shows_the_given_picture_and_words():
+    red = np.zeros((3, 64, 64), np.uint8)
+    red[0] = 255
+    fig = diagrams.vilt_overview(red, words=("all", "is", "red"))
+    patches = [im.get_array() for im in fig.axes[0].images[1:]]
+    assert len(patches) == 9 and all(patch.shape == (21, 21, 3) and (patch == (255, 0, 0)).all() for patch in patches)
+    texts = [t.get_text() for t in words(fig)]
+    assert "“all is red”" in texts and texts.count("is") == 2  # on its way in and as a final state
+
+
+def test_half_the_pictures_of_the_second_pass_belong_to_other_texts():
+    texts = [t.get_text() for t in words(diagrams.vilt_objectives())]
+    numbers = [int(t[-1]) for t in texts if t.startswith("picture ")]
+    assert numbers[:4] == [1, 2, 3, 4] and sorted(numbers[4:]) == [1, 2, 3, 4]
+    true = [number == k + 1 for k, number in enumerate(numbers[4:])]
+    assert sum(true) == 2
+    assert [t for t in texts if t.startswith("match")] == [f"match: {'yes' if ok else 'no'}" for ok in true]
+    assert [t for t in texts if t in "=≠"] == ["="] * 4 + ["=" if ok else "≠" for ok in true]
+    assert sum("[MASK]" in t for t in texts) == 4
+    assert boxes(diagrams.vilt_objectives(), shared=True) == ["ViLT", "ViLT"]
+
+
+def test_lxmert_shares_its_cross_attention_and_nothing_else():
+    assert boxes(diagrams.single_and_dual_stream(), shared=True) == ["cross-attention"] * 2
+
+
+def marked(dots: Line2D, xs: list[float], ys: list[float]) -> set[tuple[int, int]]:
+    """Rows and columns of the cells with a dot, from the columns' middles `xs` and the rows' `ys`, both ascending."""
+    return {(len(ys) - 1 - ys.index(round(y, 4)), xs.index(round(x, 4))) for x, y in dots.get_xydata()}
+
+
 def test_mask_drawing_marks_exactly_the_allowed_pairs():
     fig = diagrams.attention_mask(MASK, TOKENS, groups=["image"] * 2 + ["text"] * 4)
     (dots,) = [line for line in fig.findobj(Line2D) if line.get_marker() == "o"]
     assert len(dots.get_xdata()) == MASK.sum()
     xs, ys = (sorted(set(np.round(v, 4))) for v in (dots.get_xdata(), dots.get_ydata()))
-    drawn = {(len(ys) - 1 - ys.index(round(y, 4)), xs.index(round(x, 4))) for x, y in dots.get_xydata()}
-    assert drawn == set(zip(*map(list, np.nonzero(MASK)), strict=True))
+    assert marked(dots, xs, ys) == set(zip(*map(list, np.nonzero(MASK)), strict=True))
     legend = [t.get_text() for t in words(fig)]
     assert {"looks at image", "looks at text", "crosses over", "may not"} <= set(legend)
+
+
+def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
+    fig = diagrams.block_masks(BLOCKS, PAIR, PAIR_GROUPS)
+    panels = [line for line in fig.findobj(Line2D) if line.get_marker() == "o"]
+    ys = sorted(set(np.round(panels[0].get_ydata(), 4)))
+    for dots, mask in zip(panels, BLOCKS.values(), strict=True):
+        xs = sorted(set(np.round(dots.get_xdata(), 4)))
+        assert len(dots.get_xdata()) == mask.sum()
+        assert marked(dots, xs, ys) == set(zip(*map(list, np.nonzero(mask)), strict=True))
+    texts = [t.get_text() for t in words(fig)]
+    assert texts.count("cat") == 4  # once at the rows, and above the columns of each
+    assert set(BLOCKS) <= set(texts)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +273,12 @@ def test_mask_drawing_marks_exactly_the_allowed_pairs():
         (lambda: diagrams.attention_mask(MASK, TOKENS, groups=["image"]), "groups has 1 entries"),
         (lambda: diagrams.attention_mask(MASK, TOKENS, groups=["sound"] * 6), "no modality 'sound'"),
         (lambda: diagrams.attention_mask(MASK[:2], TOKENS[:2], TOKENS, groups=["text"] * 2), "give both"),
+        (lambda: diagrams.block_masks({}, PAIR), "masks is empty"),
+        (lambda: diagrams.block_masks({"all": SAME, "own": MASK}, PAIR), r"masks\['own'\] has the shape \(6, 6\)"),
+        (lambda: diagrams.block_masks({"all": SAME * 1.0}, PAIR), r"masks\['all'\] must be boolean"),
+        (lambda: diagrams.block_masks({"all": SAME}, PAIR, ["text"]), "groups has 1 entries"),
+        (lambda: diagrams.vilt_overview(words=("a", "house")), "three words"),
+        (lambda: diagrams.vilt_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),
         (lambda: Canvas(20, 3), "8.2 at most"),
         (lambda: Canvas(3, 3).box(0, 0, 1, 1, modality="sound"), "no modality 'sound'"),

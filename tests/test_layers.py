@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlp.layers import MLP, Attention, Block, Encoder, PatchEmbed, count_parameters, patchify, to_float_pixels
+from minivlp.layers import (
+    MLP,
+    Attention,
+    Block,
+    Encoder,
+    MLMHead,
+    PatchEmbed,
+    TextEmbeddings,
+    count_parameters,
+    init_normal,
+    patchify,
+    to_float_pixels,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -208,16 +220,17 @@ def test_mlp_by_hand(gelu, expected):
     close(mlp(torch.ones(1, 1)), torch.tensor([[3 * expected + 0.5]]))
 
 
+def layer_norm(layer: nn.LayerNorm, z: Tensor, eps: float = 0.1) -> Tensor:
+    """LayerNorm spelled out; an eps this large would show if it were ignored."""
+    centred = z - z.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * layer.weight + layer.bias
+
+
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("need_weights", [False, True])
 @torch.no_grad()
 def test_block_is_its_equation(norm, need_weights):
     block, x = shaken(Block(8, 2, norm=norm, mlp_ratio=3, eps=0.1)), torch.randn(2, 5, 8)
-
-    def layer_norm(layer: nn.LayerNorm, z: Tensor) -> Tensor:
-        centred = z - z.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * layer.weight + layer.bias
-
     if norm == "pre":
         z = x + block.attn(layer_norm(block.norm1, x))[0]
         expected = z + block.mlp(layer_norm(block.norm2, z))
@@ -333,6 +346,75 @@ def test_dropout_rests_in_eval_mode(part):
         block.eval()
         assert (run() == 0).float().mean() < 0.01
         close(run(), run())
+
+
+# --- words in and out ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_text_embeddings_are_word_plus_position_then_norm():
+    embed, ids = shaken(TextEmbeddings(20, 6, 8, eps=0.1)), torch.tensor([[3, 5, 3, 0], [19, 3, 1, 1]])
+    y = embed(ids)
+    assert y.shape == (2, 4, 8)
+    for b in range(2):
+        for i in range(4):
+            close(y[b, i], layer_norm(embed.norm, embed.word.weight[ids[b, i]] + embed.position.weight[i]), 1e-5)
+    # The position added after the norm, or a norm of each part, would be other numbers.
+    late = layer_norm(embed.norm, embed.word(ids)) + embed.position.weight[:4]
+    assert (y - late).abs().max() > 0.1
+    assert (y[0, 0] - y[0, 2]).abs().max() > 0.1  # the same word at two places
+    close(embed(ids[:, :2]), y[:, :2])  # a shorter text uses the first positions
+    assert count_parameters(embed) == (20 + 6) * 8 + 2 * 8  # no segment table
+
+
+def test_text_embeddings_refuse_too_long_a_text():
+    embed = TextEmbeddings(20, 6, 8)
+    assert embed(torch.ones(2, 6, dtype=torch.long)).shape == (2, 6, 8)
+    with pytest.raises(ValueError, match=r"a text of 7 tokens does not fit 6 positions: cut it with encode_batch"):
+        embed(torch.ones(2, 7, dtype=torch.long))
+
+
+def test_text_embeddings_drop_out_last():
+    embed, ids = TextEmbeddings(20, 6, 64, dropout=0.5), torch.randint(20, (4, 6))
+    kept = embed.train()(ids)
+    share = (kept == 0).float().mean().item()
+    assert 0.4 < share < 0.6
+    close(kept[kept != 0], 2 * embed.eval()(ids)[kept != 0])  # whole numbers behind the norm, scaled up
+    assert embed.norm.eps == 1e-12 and TextEmbeddings(20, 6, 8, eps=1e-6).norm.eps == 1e-6
+
+
+@torch.no_grad()
+def test_mlm_head_is_its_equation():
+    head, x = shaken(MLMHead(8, 20, eps=0.1)), torch.randn(2, 5, 8)
+    hidden = x @ head.dense.weight.T + head.dense.bias
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    expected = layer_norm(head.norm, gelu) @ head.decoder.weight.T + head.decoder.bias
+    close(head(x), expected, 1e-5)
+    close(head(x[0, :3]), expected[0, :3], 1e-5)  # of any number of states
+    other_order = F.gelu(layer_norm(head.norm, hidden)) @ head.decoder.weight.T + head.decoder.bias
+    assert (expected - other_order).abs().max() > 0.1
+    assert count_parameters(head) == (8 * 8 + 8) + 2 * 8 + (20 * 8 + 20) and head.decoder.bias is not None
+
+
+def test_init_normal_sets_every_kind_of_parameter():
+    model = nn.ModuleList([nn.Linear(100, 50), nn.Embedding(100, 50), nn.LayerNorm(50), nn.Linear(100, 50, bias=False)])
+    for std in (0.02, 0.5):
+        shaken(model, std=3.0)
+        init_normal(model, **({} if std == 0.02 else {"std": std}))  # 0.02 is what it does unasked
+        for i in (0, 1, 3):
+            assert model[i].weight.std().item() == pytest.approx(std, rel=0.05)
+            assert abs(model[i].weight.mean().item()) < 0.05 * std
+            assert model[i].weight.abs().max() > 3 * std  # normal, neither uniform nor cut at two deviations
+        assert not model[0].bias.any() and not model[2].bias.any() and (model[2].weight == 1).all()
+
+
+def test_init_normal_leaves_bare_parameters_alone():
+    """A class token or a position table is no module: its owner sets it."""
+    model = nn.Module()
+    model.token, model.inner = nn.Parameter(torch.full((3,), 7.0)), nn.Sequential(nn.Linear(3, 3))
+    init_normal(model)
+    assert (model.token == 7).all() and not model.inner[0].bias.any()
+    assert model.inner[0].weight.requires_grad  # though it was set without a graph
 
 
 def test_count_parameters_counts_shared_ones_once():

@@ -18,7 +18,18 @@ import pytest
 import torch
 from PIL import Image
 
-from minivlp.data import Batches, DataError, DataWarning, PairTensors, load_pairs, pairs, to_tensors
+from minivlp.data import (
+    Batches,
+    CaptionBatches,
+    DataError,
+    DataWarning,
+    PairTensors,
+    Tokenizer,
+    TokenTable,
+    load_pairs,
+    pairs,
+    to_tensors,
+)
 from minivlp.data.picturebook.world import COLOURS, KINDS, PLACES, Scene, Thing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -687,6 +698,83 @@ def test_batches_move_to_a_device_and_stay_the_same():
     moved = batches.to("meta")
     assert moved.tensors[0].device.type == "meta" and torch.equal(moved.indices(4), batches.indices(4))
     assert torch.equal(batches.to("cpu")(1)[0], batches(1)[0])
+
+
+def captioned(count: int = 10) -> tuple[torch.Tensor, TokenTable, Tokenizer]:
+    """Pictures whose pixels say which they are, with one, two or three captions that say so too."""
+    captions = [[f"picture {i} caption {j}" + " long" * j for j in range(1 + i % 3)] for i in range(count)]
+    tokenizer = Tokenizer.train([text for texts in captions for text in texts], vocab_size=140)
+    return made_up(count).images, TokenTable(captions, tokenizer), tokenizer
+
+
+def test_caption_batches_show_each_picture_with_a_caption_of_its_own():
+    images, table, tokenizer = captioned()
+    batches = CaptionBatches(images, table, batch_size=3, seed=5)
+    seen = {i: set() for i in range(10)}
+    for step in range(60):
+        pictures, ids, mask = batches(step)
+        assert pictures.shape == (3, 3, 4, 4) and pictures.dtype == torch.uint8 and ids.shape == mask.shape
+        assert mask.dtype == torch.bool and mask[:, 0].all() and mask[:, -1].any()  # no longer than the longest
+        rows = pictures[:, 0, 0, 0].tolist()
+        assert rows == Batches((images,), batch_size=3, seed=5).indices(step).tolist()
+        for row, sentence, present in zip(rows, ids, mask, strict=True):
+            words = tokenizer.decode(sentence[present]).split()
+            assert words[:3] == ["picture", str(row), "caption"]
+            assert words[4:] == ["long"] * int(words[3])
+            assert (sentence[~present] == tokenizer.pad_id).all()
+            seen[row].add(int(words[3]))
+    assert seen == {i: set(range(1 + i % 3)) for i in range(10)}  # in the course of time all of them
+
+
+@pytest.mark.parametrize("caption", [None, 0, 1, -1])
+def test_caption_batches_are_a_function_of_the_step(caption):
+    images, table, _ = captioned()
+    steps = [CaptionBatches(images, table, batch_size=3, seed=5, caption=caption)(step) for step in range(8)]
+    torch.rand(3)  # no other random number has a say
+    resumed = CaptionBatches(images, table, batch_size=3, seed=5, caption=caption)
+    for step in (7, 0, 4, 4):
+        for a, b in zip(resumed(step), steps[step], strict=True):
+            assert torch.equal(a, b)
+    other = CaptionBatches(images, table, batch_size=3, seed=6, caption=caption)
+    assert any(not torch.equal(other(step)[0], steps[step][0]) for step in range(8))
+    assert resumed.texts(2, resumed.generator(2))[1].equal(resumed(2)[1])
+
+
+def test_each_step_draws_captions_of_its_own():
+    """With all pictures in each batch only the captions (and the order) can differ from step to step."""
+    images, table, tokenizer = captioned(9)
+    batches = CaptionBatches(images, table, batch_size=9, seed=0)
+
+    def choice(step: int) -> tuple[int, ...]:
+        rows, ids, _ = batches.texts(step, batches.generator(step))
+        words = {row: tokenizer.decode(sentence).split() for row, sentence in zip(rows.tolist(), ids, strict=True)}
+        return tuple(int(words[row][3]) for row in range(9))
+
+    choices = [choice(step) for step in range(40)]
+    assert len(set(choices)) > 30  # of 216
+    assert batches.generator(3).initial_seed() != batches.generator(4).initial_seed()
+    of_another_seed = CaptionBatches(images, table, batch_size=9, seed=1)
+    assert batches.generator(3).initial_seed() != of_another_seed.generator(3).initial_seed()
+
+
+@pytest.mark.parametrize("caption", [0, 1, -1])
+def test_caption_batches_with_a_fixed_caption(caption):
+    images, table, _ = captioned()
+    batches = CaptionBatches(images, table, batch_size=4, caption=caption)
+    for step in range(4):
+        pictures, ids, mask = batches(step)
+        expected = table(pictures[:, 0, 0, 0].long(), caption)
+        assert torch.equal(ids, expected[0]) and torch.equal(mask, expected[1])
+
+
+def test_caption_batches_refuse_what_does_not_fit():
+    images, table, _ = captioned()
+    with pytest.raises(DataError, match="there are 9 pictures and captions of 10: give the same ones"):
+        CaptionBatches(images[:9], table, batch_size=3)
+    with pytest.raises(DataError, match="batch_size=11 does not fit 10 rows"):
+        CaptionBatches(images, table, batch_size=11)
+    with pytest.raises(DataError, match="step=-1"):
+        CaptionBatches(images, table, batch_size=3)(-1)
 
 
 def test_importing_the_package_does_not_import_datasets():

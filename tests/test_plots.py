@@ -36,6 +36,11 @@ def seeds(labels: list[str], n: int = 5) -> dict[str, list[float]]:
     return {label: list(0.8 + 0.1 * RNG.random(n)) for label in labels}
 
 
+TIMES = {
+    "linear patches": {"image embedding": 0.4, "blocks": 12.3},
+    "small ResNet": {"image embedding": 8.0, "region features": 20, "blocks": 12.5},
+}
+BLOCKS = np.array([[0.9, 0.1, 0.02, 0.98], [0.4, 0.6, 1, 0], [0.5, 0.5, 0.5, 0.5]])  # (layers, 4)
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
     "pictures": lambda: plots.picture_grid(
@@ -76,6 +81,23 @@ PLOTS = {
     "overlay, heads": lambda: plots.attention_overlay(PICTURES[0], shares(4, 4, 4, 4)),
     "overlay, twelve": lambda: plots.attention_overlay(PICTURES[0], shares(12, 8, 8)),
     "overlay, one": lambda: plots.attention_overlay(PICTURES[0], np.zeros((1, 4, 4))),
+    "plan": lambda: plots.transport_plan(PICTURES[0], shares(4, 4, 4), ["a", "red", "umbrella", "."]),
+    "plan, boxes": lambda: plots.transport_plan(
+        PICTURES[0], shares(9, 4, 4) / 9, LONG.split()[:9], boxes=[(3.5, 2, 9, 16)] * 3 + [None] * 6, title=LONG
+    ),
+    "plan, one": lambda: plots.transport_plan(PICTURES[0], torch.ones(1, 8, 8) / 64, [LONG]),
+    "histograms": lambda: plots.histograms(
+        {"matching pairs": RNG.normal(0.4, 0.1, 300), "other pairs": torch.rand(40)},
+        xlabel="transport distance",
+        vline=(0.1, "a threshold"),
+        title="t",
+    ),
+    "histograms, one value": lambda: plots.histograms({"a": [0.5]}, xlabel="distance", bins=5),
+    "histograms, four": lambda: plots.histograms({k: RNG.normal(size=50) for k in KINDS[:4]}, xlabel="distance"),
+    "times": lambda: plots.stacked_times(TIMES, xlabel="milliseconds a batch", title="t"),
+    "times, long": lambda: plots.stacked_times({LONG: {"a": 1234.5}, "b": {"b": 0}, "c": {"a": 3}}, xlabel="ms"),
+    "blocks": lambda: plots.block_attention(BLOCKS, even=0.4, title="t"),
+    "blocks, twelve": lambda: plots.block_attention(torch.full((12, 4), 0.5)),
     "positions": lambda: plots.position_similarity(RNG.normal(size=(16, 8)), 4, title="t"),
     "positions, 14": lambda: plots.position_similarity(RNG.normal(size=(196, 8)), 14),
     "positions, wide": lambda: plots.position_similarity(RNG.normal(size=(12, 8)), (3, 4)),
@@ -214,6 +236,60 @@ def test_overlay_is_strongest_where_attention_is():
     assert any("max 0.85" in t.get_text() for t in words(fig))
 
 
+def test_the_plan_lies_where_its_mass_is_and_the_box_where_the_thing_is():
+    plan = np.full((2, 4, 4), 0.01)
+    plan[1, 2, 1] = 0.345
+    fig = plots.transport_plan(PICTURES[0], plan, ["a", "dog"], boxes=[None, (4, 8, 12, 16)])
+    _, heat = [im for im in fig.axes[0].images if im.get_array().shape == (4, 4, 4)]
+    assert np.unravel_index(heat.get_array()[..., 3].argmax(), (4, 4)) == (2, 1)
+    left, right, bottom, top = heat.get_extent()
+    frames = [p for p in fig.findobj(Rectangle) if not p.get_fill()]
+    assert {to_hex(p.get_edgecolor()).upper() for p in frames} == {"#FFFFFF", plots.BLUE}
+    for frame in frames:  # the lower half of the picture, its second and third quarter from the left
+        corners = (frame.get_bbox().get_points() - (left, bottom)) / (right - left, top - bottom)
+        np.testing.assert_allclose(corners, [[0.25, 0], [0.75, 0.5]], atol=1e-9)
+    texts = [t.get_text() for t in words(fig)]
+    assert "dog\nmax 0.345" in texts and any("Blue frame" in t for t in texts)
+    bare = plots.transport_plan(PICTURES[0], plan, ["a", "dog"], boxes=[None, None])
+    assert not any("Blue frame" in t.get_text() for t in words(bare))
+
+
+def test_histograms_share_their_bins_and_each_adds_up_to_one():
+    groups = {"near": [0.1, 0.2, 0.2, 0.3], "far": [0.9, 1.1]}
+    ax = plots.histograms(groups, xlabel="distance", bins=10).axes[0]
+    filled = [[b for b in bars if isinstance(b, Rectangle)] for bars in ax.containers]
+    assert [sum(b.get_height() for b in bars) for bars in filled] == pytest.approx([1, 1])
+    edges = [[b.get_x() for b in bars] for bars in filled]
+    assert len(edges[0]) == 10 and edges[0] == edges[1]
+    assert [edges[0][0], filled[0][-1].get_x() + filled[0][-1].get_width()] == pytest.approx([0.1, 1.1])
+    assert {"near: mean 0.2 (n = 4)", "far: mean 1 (n = 2)"} <= {t.get_text() for t in words(ax.figure)}
+
+
+def test_stacked_times_put_parts_end_to_end_and_print_the_total():
+    fig = plots.stacked_times(TIMES, xlabel="ms")
+    image, blocks, regions = fig.axes[0].containers
+    spans = [[(b.get_x(), b.get_width()) for b in bars] for bars in (image, blocks, regions)]
+    np.testing.assert_allclose(spans, [[(0, 0.4), (0, 8)], [(0.4, 12.3), (8, 12.5)], [(12.7, 0), (20.5, 20)]])
+    texts = [t.get_text() for t in words(fig)]
+    assert {"12.7", "40.5", "12.3", "20", *TIMES, "image embedding", "blocks", "region features"} <= set(texts)
+    assert "0.4" not in texts and "0" not in {t.get_text() for t in fig.axes[0].texts}  # too short to hold a number
+    low, high = fig.axes[0].get_ylim()
+    assert low > high  # the first row is the upper one
+
+
+def test_shares_of_attention_stand_in_two_panels_that_are_full_to_the_top():
+    fig = plots.block_attention(BLOCKS, even=0.4)
+    for ax, who, columns in zip(fig.axes, ("text", "image"), (BLOCKS[:, :2], BLOCKS[:, 2:]), strict=True):
+        assert ax.get_title("left").startswith(who)
+        at_text, at_image = ax.containers
+        np.testing.assert_allclose([b.get_height() for b in at_text], columns[:, 0])
+        np.testing.assert_allclose([(b.get_y(), b.get_height()) for b in at_image], columns)
+        assert to_hex(at_text[0].get_facecolor()).upper() == plots.ORANGE
+        (level,) = ax.lines
+        assert list(level.get_ydata()) == [0.4, 0.4]
+    assert not plots.block_attention(BLOCKS).axes[0].lines
+
+
 @pytest.mark.parametrize("text", [LONG, "Donaudampfschifffahrtsgesellschaftskapitän", "", "a\nb c", "$x$ _y_"])
 def test_wrapped_lines_fit_and_keep_every_letter(text):
     lines = plots.wrap(text, 1.0, 9).split("\n")
@@ -264,6 +340,22 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((4, 4))), "3 or 4 dimensions"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((2, 4, 4)), titles=["a"]), "titles has 1 entries"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((1, 16, 4, 4))), "show 12 at most"),
+        (lambda: plots.transport_plan(PICTURES[0], np.zeros((2, 16)), ["a", "b"]), "must have 3 dimensions"),
+        (lambda: plots.transport_plan(PICTURES[0], np.zeros((0, 4, 4)), []), "plan has no words"),
+        (lambda: plots.transport_plan(PICTURES[0], np.zeros((2, 4, 4)), ["a"]), "words has 1 entries for 2 maps"),
+        (lambda: plots.transport_plan(PICTURES[0], np.zeros((1, 4, 4)), ["a"], boxes=[]), "boxes has 0 entries"),
+        (
+            lambda: plots.transport_plan(PICTURES[0], np.zeros((1, 4, 4)), ["a"], boxes=[(9, 0, 3, 4)]),
+            r"boxes\[0\] is \(9, 0, 3, 4\): give \(left, top, right, bottom\)",
+        ),
+        (lambda: plots.histograms({}, xlabel=""), "groups is empty"),
+        (lambda: plots.histograms({"a": []}, xlabel=""), r"groups\['a'\] must be finite numbers, at least one"),
+        (lambda: plots.histograms({"a": [1, float("nan")]}, xlabel=""), "must be finite numbers"),
+        (lambda: plots.stacked_times({}, xlabel=""), "at least one row"),
+        (lambda: plots.stacked_times({"a": {}}, xlabel=""), "each row at least one part"),
+        (lambda: plots.stacked_times({"a": {"b": -1}}, xlabel=""), r"rows\['a'\]\['b'\] is -1"),
+        (lambda: plots.block_attention(np.ones((3, 2))), r"shape \(layers, 4\)"),
+        (lambda: plots.block_attention([[0.5, 0.5, 0.5, 0.4]]), "image tokens look at in layer 1 adds up to 0.9"),
         (lambda: plots.position_similarity(np.zeros((17, 8)), 4), "leave out the class token"),
         (lambda: plots.position_similarity(np.zeros((20, 8)), 4), "20 rows for 4 x 4 patches"),
         (lambda: plots.attention_distance(np.zeros(4), 60), "must have 2 dimensions"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from minivlp.data import DataError, Tokenizer, TokenTable
+from minivlp.data import DataError, Tokenizer, TokenTable, mask_words
 from minivlp.data import text as text_module
 from minivlp.data.text import SPECIAL_TOKENS, pad, picturebook_texts
 
@@ -222,6 +224,115 @@ def test_token_table_takes_plain_texts_and_refuses_gaps(tokenizer):
     assert TokenTable(TEXTS, tokenizer)(torch.tensor([3]))[0][0].tolist() == tokenizer.encode(TEXTS[3])
     with pytest.raises(DataError, match="at least one caption"):
         TokenTable([["a house"], []], tokenizer)
+
+
+# ---- hiding words ----
+
+IGNORE = -100
+
+
+@pytest.fixture
+def sentences(bert_vocab) -> tuple[Tokenizer, torch.Tensor]:
+    """Ids (4000, 11), half the rows padded: `un ##believ ##able` and `cat ##s` are words of several pieces."""
+    tokenizer = Tokenizer.from_bert_vocab(bert_vocab)
+    return tokenizer, tokenizer.encode_batch(["a unbelievable cats, cats", "unbelievable cafe cats"] * 2000)[0]
+
+
+def masked(sentences, seed: int = 0, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer, ids = sentences
+    return mask_words(ids, tokenizer, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def words_and_hidden(sentences, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many pieces each word has, and how many of them are asked for: (4000, 5) twice, one column per word."""
+    tokenizer, ids = sentences
+    groups = torch.nn.functional.one_hot(tokenizer.word_groups(ids) + 1)[..., 1:]  # (B, L, words)
+    return groups.sum(1), (groups * (labels != IGNORE)[..., None]).sum(1)
+
+
+def test_labels_are_the_hidden_ids_and_the_rest_stays(sentences):
+    _, ids = sentences
+    before = ids.clone()
+    corrupted, labels = masked(sentences)
+    assert corrupted.shape == labels.shape == ids.shape and corrupted.dtype == labels.dtype == torch.long
+    asked = labels != IGNORE
+    assert torch.equal(labels[asked], ids[asked]) and torch.equal(corrupted[~asked], ids[~asked])
+    assert torch.equal(ids, before)  # the input is left alone
+
+
+def test_whole_words_are_hidden_whole(sentences):
+    for whole_word, share in ((True, 0.15), (True, 0.5), (False, 0.15), (False, 0.5)):
+        _, labels = masked(sentences, share=share, whole_word=whole_word)
+        pieces, hidden = words_and_hidden(sentences, labels)
+        split = ((hidden > 0) & (hidden < pieces)).sum().item()
+        if whole_word:
+            assert split == 0
+        else:  # a piece next to its visible neighbours is easy to guess: this is what whole words are hidden for
+            assert split > 1000
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5, 1.0])
+def test_share_of_hidden_words(sentences, share):
+    pieces, hidden = words_and_hidden(sentences, masked(sentences, share=share)[1])
+    exists = pieces > 0
+    chosen = (hidden > 0) & exists
+    assert chosen[exists].float().mean().item() == pytest.approx(share, abs=0.01)
+    for word in range(5):  # long words no more often than short ones, early ones no more often than late ones
+        assert chosen[exists[:, word], word].float().mean().item() == pytest.approx(share, abs=0.03)
+    for one, other in itertools.combinations(range(5), 2):
+        rows = exists[:, one] & exists[:, other]
+        both = (chosen[rows, one] & chosen[rows, other]).float().mean().item()
+        assert both == pytest.approx(share**2, abs=0.04)  # each word by itself
+    tokens = masked(sentences, share=share, whole_word=False)[1] != IGNORE
+    ordinary = sentences[0].word_groups(sentences[1]) >= 0
+    assert tokens[ordinary].float().mean().item() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("whole_word", [True, False])
+def test_of_the_hidden_tokens_most_become_mask(sentences, whole_word):
+    tokenizer, ids = sentences
+    corrupted, labels = masked(sentences, share=0.5, whole_word=whole_word)
+    asked = labels != IGNORE
+    got, original = corrupted[asked], ids[asked]
+    ordinary = tokenizer.vocab_size - len(tokenizer.special_ids)
+    assert (got == tokenizer.mask_id).float().mean().item() == pytest.approx(0.8, abs=0.01)
+    # A random token is now and then the original one.
+    other = (got != tokenizer.mask_id) & (got != original)
+    assert other.float().mean().item() == pytest.approx(0.1 * (1 - 1 / ordinary), abs=0.01)
+    assert (got == original).float().mean().item() == pytest.approx(0.1 * (1 + 1 / ordinary), abs=0.01)
+    counts = torch.bincount(got[other], minlength=tokenizer.vocab_size)
+    assert not counts[list(tokenizer.special_ids)].any()
+    seen = counts[counts > 0].float()
+    assert len(seen) == ordinary and seen.min() > 0.5 * seen.mean()  # any of the others
+
+
+@pytest.mark.parametrize("whole_word", [True, False])
+def test_special_tokens_and_padding_are_never_hidden(sentences, whole_word):
+    tokenizer, ids = sentences
+    ids = ids.clone()
+    ids[:, 2] = tokenizer.mask_id  # as if masked before
+    ids[:, 3] = tokenizer.unk_id
+    corrupted, labels = masked((tokenizer, ids), share=1.0, whole_word=whole_word)
+    special = torch.isin(ids, torch.tensor(tokenizer.special_ids))
+    assert (labels[special] == IGNORE).all() and torch.equal(corrupted[special], ids[special])
+    assert torch.equal(labels[~special], ids[~special])  # and everything else is, at share 1
+    assert (ids == tokenizer.pad_id).any()
+
+
+def test_the_generator_decides_alone(sentences):
+    state = torch.get_rng_state()
+    first = masked(sentences, seed=3)
+    torch.rand(7)
+    again, other = masked(sentences, seed=3), masked(sentences, seed=4)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    torch.set_rng_state(state)
+    masked(sentences)
+    assert torch.equal(torch.get_rng_state(), state)
+    tokenizer, ids = sentences
+    generator = torch.Generator().manual_seed(3)
+    rounds = [mask_words(ids, tokenizer, generator=generator)[1] for _ in range(2)]
+    assert torch.equal(rounds[0], first[1]) and not torch.equal(rounds[0], rounds[1])  # new words in every epoch
 
 
 def test_stored_tokenizer_fits_the_picture_book_as_well_as_a_fresh_one(monkeypatch, tmp_path):

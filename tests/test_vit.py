@@ -351,6 +351,31 @@ def test_interpolation_by_hand():
     close(interpolate_positions(table, 3), expected)
 
 
+@pytest.mark.parametrize("size", [(2, 6), (6, 2), (3, 4), (4, 7), (1, 4)])
+def test_interpolation_to_rows_and_columns(size):
+    """A picture that is wider than high: rows first, in reading order, each side stretched by itself."""
+    rows, columns = size
+    table = torch.randn(1, 17, 5)
+    stretched = interpolate_positions(table, size)
+    assert stretched.shape == (1, 1 + rows * columns, 5) and torch.equal(stretched[:, :1], table[:, :1])
+    grid = table[0, 1:].numpy().reshape(4, 4, 5)
+    official = ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1)
+    np.testing.assert_allclose(stretched[0, 1:].numpy(), official.reshape(-1, 5), atol=1e-5)
+    turned = interpolate_positions(table, (columns, rows))[0, 1:].view(columns, rows, 5)
+    assert (turned.reshape(-1, 5) - stretched[0, 1:]).abs().max() > 0.1  # not the same list
+    flipped = torch.cat([table[:, :1], table[:, 1:].view(1, 4, 4, 5).transpose(1, 2).flatten(1, 2)], dim=1)
+    mirrored = interpolate_positions(flipped, (columns, rows))[0, 1:].view(columns, rows, 5).transpose(0, 1)
+    close(mirrored.reshape(-1, 5), stretched[0, 1:])  # mirrored at the diagonal, though, it is
+
+
+def test_interpolation_to_rows_and_columns_by_hand():
+    """0 1 / 2 3 at the corners of a 2x2 grid, stretched to two rows of three."""
+    table = torch.tensor([9.0, 0, 1, 2, 3]).view(1, 5, 1)
+    close(interpolate_positions(table, (2, 3)), torch.tensor([9, 0, 0.5, 1, 2, 2.5, 3]).view(1, 7, 1))
+    close(interpolate_positions(table, (3, 2)), torch.tensor([9, 0, 1.0, 1, 2, 2, 3]).view(1, 7, 1))
+    close(interpolate_positions(table, (3, 3)), interpolate_positions(table, 3))
+
+
 def test_interpolation_of_no_square():
     with pytest.raises(ValueError, match="17 positions are no square grid: is prefix=0 right"):
         interpolate_positions(torch.randn(1, 17, 5), 8, prefix=0)

@@ -140,6 +140,30 @@ class Attempt:
             f"{detail or f'At {place}: expected {expected[tuple(place)]:.4f}, got {answer[tuple(place)]:.4f}.'}"
         )
 
+    def repeatable(self, run: Callable[[int], Sequence[Tensor]], *, drawn: str) -> None:
+        """Fail unless `run(seed)`, the answer to a generator with that seed, depends on the seed and on nothing else.
+
+        `drawn` names what is drawn, for the message.
+        """
+        reseed(1)
+        first = run(0)
+        reseed(2)  # an answer that draws from the global generator now gets other numbers
+        if not all(map(torch.equal, first, run(0))):
+            self.fail(
+                "two calls with equally seeded generators gave different answers: some random numbers ignore "
+                "`generator`. Pass `generator=generator` to every torch.rand, torch.randint and torch.randperm."
+            )
+        if any(map(torch.equal, first, run(1))):
+            self.fail(f"generators with different seeds gave the same choice: {drawn} must be drawn from `generator`.")
+
+    def learnable(self, output: Tensor, name: str) -> None:
+        """Fail unless `output`, computed from a parameter `name` that asks for a gradient, hands one back to it."""
+        if not output.requires_grad:
+            self.fail(
+                f"no gradient reaches `{name}`, so it could never be learned. Use it as it is: no .data, .detach(), "
+                ".item(), no torch.no_grad()."
+            )
+
 
 def check(body: Callable[[Attempt], str]) -> Callable[[Callable[..., Any]], None]:
     """Make a check out of `body`: it takes the learner's function, prints one line, or raises `CheckFailed`."""

@@ -394,27 +394,12 @@ def mask_patches(attempt: Attempt) -> str:
     _shares(attempt, share, *(int((role & chosen).sum()) / int(chosen.sum()) for role in (masked, moved, kept)))
     _donors(attempt, moved, owner, N)
 
-    reseed(2)  # an answer that draws from the global generator now gets other numbers
-    again, chosen_again = run(seed=0)
-    if not (torch.equal(corrupted, again) and torch.equal(chosen, chosen_again)):
-        attempt.fail(
-            "two calls with equally seeded generators gave different answers: some random numbers ignore `generator`. "
-            "Pass `generator=generator` to every torch.rand, torch.randint and torch.randperm."
-        )
-    _, other = run(seed=1)
-    if torch.equal(chosen, other):
-        attempt.fail(
-            "generators with different seeds gave the same choice: the patches must be drawn from `generator`."
-        )
+    attempt.repeatable(run, drawn="the patches")
 
     with torch.enable_grad():
         mask_token.requires_grad_(True)
         output, _ = attempt(tokens, mask_token, torch.Generator().manual_seed(0))
-        if not output.requires_grad:
-            attempt.fail(
-                "no gradient reaches `mask_token`, so it could never be learned. Use it as it is: no .data, .detach(), "
-                ".item(), no torch.no_grad()."
-            )
+        attempt.learnable(output, "mask_token")
     fates = {"masked": masked, "exchanged": moved, "kept": kept}
     parts = [f"{int((fate & chosen).sum()) / int(chosen.sum()):.0%} {name}" for name, fate in fates.items()]
     return f"right for {B * N:,} patches: {share:.0%} chosen, of these {', '.join(parts)}"

@@ -23,7 +23,8 @@ from minivlp.train import History, TrainingDiverged, fit
 
 NAME = "01_vit"
 # name of the kept weights -> (experiment, arm), of the first seed; later lessons start from them
-CHECKPOINTS = {"vit": ("main", "ViT"), "vit_kind_and_colour": ("labels", "kind and colour")}
+CHECKPOINTS = {"vit": ("main", "ViT"), "vit_kind_and_colour": ("labels", "kind and colour"),
+               "vit_normal": ("labels", "kind and colour, normal pages")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,20 @@ def vit(**changes: object) -> ViTConfig:
     return replace(MAIN.model, **changes)
 
 
+KIND_AND_COLOUR = replace(
+    MAIN, shifts=False, fine_tune=0, task="kind and colour", model=vit(num_classes=len(KINDS) * len(COLOURS))
+)
+
 # experiment -> arm -> recipe
 EXPERIMENTS: dict[str, dict[str, Recipe]] = {
     "main": {"ViT": MAIN},
     "positions": {kind: replace(SHORT, model=vit(position=kind)) for kind in ("none", "1d", "2d")},
     "labels": {
-        "kind and colour": replace(
-            MAIN, shifts=False, fine_tune=0, task="kind and colour", model=vit(num_classes=len(KINDS) * len(COLOURS))
-        )
+        "kind and colour": KIND_AND_COLOUR,
+        # pages as the later lessons have them, seen long enough: what the models with language start from
+        "kind and colour, normal pages": replace(
+            KIND_AND_COLOUR, tier="normal", train_size=8_000, steps=1500, probe=False
+        ),
     },
     "pooling": {
         f"{pool} {lr:.0e}": replace(SHORT, model=vit(pool=pool), lr=lr) for pool in ("cls", "mean") for lr in RATES

@@ -57,7 +57,7 @@ def block_mask(L: int, S: int, attend: str = "all", *, device: torch.device | No
 
 
 def padded_positions(table: Tensor, image_mask: Tensor) -> Tensor:
-    """Positions for pictures of different sizes in one padded batch (official code; the paper's 4.1 says "interpolate").
+    """Positions for pictures of different sizes in a padded batch (official code; the paper's 4.1 says "interpolate").
 
     table (1, 1+g*g, D) and image_mask (B, rows, columns), True in the upper left rectangle that a picture fills
     -> (B, 1 + rows*columns, D): each picture gets the whole table, stretched to its own rectangle; zeros elsewhere.
@@ -125,7 +125,7 @@ class ViLT(nn.Module):
         image_mask: (B, H/P, W/P), True at the patches that a picture fills, in batches of padded pictures
         hidden:     (B, N), True at patches to be replaced by the learned `mask_patch`
         rows:       compute only the first tokens in the last block: 1 is enough for p, L for all words; the rest is
-                    then missing from "text" and "image"
+                    then missing from "text" and "image". Only attend="all" saves this work, the others compute all
         everything: also "embedded" and "block_i" (B, T, D) and "attention_i" (B, heads, T, T), T = L + 1 + N
         """
         L, c = ids.shape[1], self.config
@@ -140,8 +140,9 @@ class ViLT(nn.Module):
         mask = seen[:, None, None, :]  # (B, 1, 1, T): every head and every row alike
         if c.attend != "all":
             mask = mask & block_mask(L, T - L, c.attend, device=x.device)
-        # Two encoders meet only behind the last block, so there both class tokens are needed.
-        rows = rows if c.attend != "separate" and not everything else None
+        # A block mask has a row per token, so it wants all of them. And two encoders meet only behind the last block,
+        # where both class tokens are needed.
+        rows = rows if c.attend == "all" and not everything else None
         states, named = self.encoder(x, mask=mask, rows=rows, everything=everything)
         if everything:
             named["embedded"] = x
@@ -160,12 +161,16 @@ def answer_head(width: int, answers: int) -> nn.Sequential:
 def start_from_vit(model: ViLT, vit: ViT) -> ViLT:
     """Take patches, class token, positions and blocks from a trained ViT (paper, 4.2); everything else stays random.
 
-    Raises ValueError if the shapes differ.
+    Raises ValueError if they differ in shape, or if the ViT lacks one of these parts.
     """
     theirs = {f"image_embed.{k}": v for k, v in vit.embed.state_dict().items()}
     theirs |= {f"encoder.{k}": v for k, v in vit.encoder.state_dict().items()}
-    ours = model.state_dict()
-    if wrong := [name for name, value in theirs.items() if name not in ours or ours[name].shape != value.shape]:
-        raise ValueError(f"{wrong[0]} of the ViT does not fit this ViLT: give both the same patches, width and depth")
+    ours = {k: v for k, v in model.state_dict().items() if k.startswith(("image_embed.", "encoder."))}
+    wrong = [k for k in ours | theirs if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
+    if vit.config.heads != model.config.heads:  # no shape shows them
+        wrong.append("heads")
+    if wrong:
+        raise ValueError(f"{wrong[0]} of the ViT does not fit this ViLT: give both the same patches, width, depth and "
+                         "heads, and the ViT a class token, 1d positions and pre-norm")  # fmt: skip
     model.load_state_dict(theirs, strict=False)
     return model
