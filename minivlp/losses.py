@@ -50,7 +50,7 @@ def ipot(cost: Tensor, words: Tensor, patches: Tensor, *, beta: float = 0.5, ite
     cost = cost.float()
     both = words[:, :, None] & patches[:, None, :]  # (B, L, S)
     m, n = words.sum(1, keepdim=True), patches.sum(1, keepdim=True)  # (B, 1)
-    kernel = torch.exp(-cost / beta).masked_fill(~both, 0)  # A; zero at padding, or padding would take its share
+    kernel = torch.exp(-cost / beta).masked_fill(~both, 0)  # A; padding takes no part
     plan, sigma = both.float(), words / m
     with torch.autocast(cost.device.type, enabled=False):  # half precision is too coarse for fifty products in a row
         for _ in range(iterations):

@@ -20,10 +20,10 @@ from minivlp.data.picturebook.claims import COLOUR_WORDS, KIND_WORDS, with_artic
 from minivlp.data.picturebook.describe import ANSWERS, questions
 from minivlp.data.picturebook.draw import draw
 from minivlp.data.picturebook.probes import probe
-from minivlp.data.picturebook.world import COLOURS, KINDS
+from minivlp.data.picturebook.world import CANVAS, COLOURS, KINDS, Scene
 from minivlp.evaluate import Cloze, accuracy, cloze, cloze_accuracy, filled_in, probe_scores, recall_at
 from minivlp.lessons import vit as lesson01
-from minivlp.losses import masked_lm_loss, word_patch_alignment, word_positions
+from minivlp.losses import cosine_cost, ipot, masked_lm_loss, word_patch_alignment, word_positions
 from minivlp.models.vilt import ViLT, ViLTConfig, start_from_vit
 from minivlp.models.vit import ViT
 from minivlp.train import History, evaluating, fit, trained
@@ -256,6 +256,43 @@ def grounding(model: ViLT, split: str = "test", *, n: int = 1000, pictures: tupl
     return numbers
 
 
+def word_plans(model: ViLT, images: Tensor, ids: Tensor, mask: Tensor, *, iterations: int = 1000) -> Tensor:
+    """Where each word of matching pairs is carried (paper, Fig. 4): plans (B, L, N), rows of all tokens but the words
+    are zero. The paper, too, takes 1,000 rounds to look at."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        _, named = model(images.to(device), ids.to(device), mask.to(device))
+    patches = torch.ones(len(images), named["image"].shape[1] - 1, dtype=torch.bool, device=device)
+    cost = cosine_cost(named["text"], named["image"][:, 1:])
+    return ipot(cost, word_positions(mask.to(device)), patches, iterations=iterations).cpu()
+
+
+def inside(scene: Scene, grid: int) -> Tensor:
+    """How much of each patch the first thing's box covers, (grid * grid) numbers in [0, 1], in reading order."""
+    edges = torch.linspace(0, CANVAS, grid + 1)
+    left, top, right, bottom = scene.things[0].box
+    wide, high = (
+        (torch.minimum(edges[1:], torch.tensor(high)) - torch.maximum(edges[:-1], torch.tensor(low))).clamp(min=0)
+        for low, high in ((left, right), (top, bottom))
+    )
+    return (high[:, None] * wide).flatten() / (CANVAS / grid) ** 2
+
+
+def pointing(model: ViLT, *, n: int = 200) -> dict[str, float]:
+    """Does the plan carry a noun to its thing? The share of its mass that lands on the thing's box, on test pages with
+    one thing, and the share it would be if it were spread evenly."""
+    data = pairs("test", 1000)
+    data = data.subset([i for i, scene in enumerate(data.scenes) if len(scene.things) == 1][:n])
+    texts = [captions[1] for captions in data.captions]
+    ids, mask = words().encode_batch(texts)
+    hidden = cloze(texts, words(), NOUNS)  # its [MASK]s stand where the nouns are
+    plans = word_plans(model, data.images, ids, mask)[hidden.rows]  # (n, L, N)
+    noun = (plans * (hidden.ids == words().mask_id)[:, :, None]).sum(1)  # (n, N)
+    covered = torch.stack([inside(data.scenes[i], model.config.image_config().grid) for i in hidden.rows.tolist()])
+    return {"noun on its thing": (noun / noun.sum(1, keepdim=True) * covered).sum(1).mean().item(),
+            "spread evenly": covered.mean(1).mean().item()}  # fmt: skip
+
+
 def matching(model: ViLT, images: Tensor, ids: Tensor, mask: Tensor, *, batch_size: int = 250) -> Tensor:
     """How well pictures (M) and texts (M, L) go together, pair by pair: the log odds of a match, (M), on the CPU."""
     device = next(model.parameters()).device
@@ -430,7 +467,7 @@ def validation(n: int = 300) -> Callable[[nn.Module], dict[str, float]]:
 
 def measure(model: ViLT) -> dict[str, float]:
     """What is recorded of every arm: the grounding gap, matching, and the two probes with the same words."""
-    numbers = grounding(model)
+    numbers = grounding(model) | pointing(model)
     for level in (1, 4):
         numbers[f"matching, level {level}"] = matching_accuracy(model, level=level)
     for kind in ("replaced", "attribute_swap", "order_swap", "count"):
