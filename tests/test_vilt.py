@@ -59,10 +59,10 @@ def test_published_size():
     """ViLT-B/32 has 87.4M parameters (paper, Table 6): the patches' layer and the blocks, without embedded words."""
     with torch.device("meta"):
         model = ViLT(ViLTConfig(384, 32, vocab_size=30522, max_text=40, width=768, depth=12, heads=12))
-    patches, blocks = count_parameters(model.image_embed.patch_embed), count_parameters(model.encoder.blocks)
+    patches, blocks = count_parameters(model.embed.image.patch_embed), count_parameters(model.encoder.blocks)
     assert (patches, blocks) == (2_360_064, 85_054_464)
     assert round((patches + blocks) / 1e6, 1) == 87.4
-    assert model.image_embed.pos_embed.shape == (1, 145, 768) and model.text_embed.word.weight.shape == (30522, 768)
+    assert model.embed.image.pos_embed.shape == (1, 145, 768) and model.embed.text.word.weight.shape == (30522, 768)
 
 
 @pytest.mark.parametrize(("rows", "words", "patches"), [(None, L, S), (1, 1, 0), (L, L, 0), (L + 2, L, 2), (99, L, S)])
@@ -105,34 +105,34 @@ def test_rows_give_the_same_numbers(attend, rows):
 
 def embed_by_hand(model: ViLT, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Text and image tokens without their types: LayerNorm on the text, none on the image."""
-    words, norm, linear = model.text_embed, model.text_embed.norm, model.image_embed.patch_embed.proj
+    words, norm, linear = model.embed.text, model.embed.text.norm, model.embed.image.patch_embed.proj
     x = words.word.weight[ids] + words.position.weight[: ids.shape[1]]
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + model.config.text_eps).sqrt()
     patches = patchify(images, 4) @ linear.weight.T + linear.bias
-    patches = torch.cat([model.image_embed.cls_token.expand(len(images), 1, -1), patches], dim=1)
-    return x * norm.weight + norm.bias, patches + model.image_embed.pos_embed
+    patches = torch.cat([model.embed.image.cls_token.expand(len(images), 1, -1), patches], dim=1)
+    return x * norm.weight + norm.bias, patches + model.embed.image.pos_embed
 
 
 @torch.no_grad()
 def test_embedding_by_hand():
     model, images, (ids, _) = shaken(), pictures(), texts()
     text, image = embed_by_hand(model, images, ids)
-    types = model.type_embed.weight
+    types = model.embed.types.weight
     got = model.embed(images, ids)
     close(got, torch.cat([text + types[0], image + types[1]], dim=1))
     # The type added before the text's LayerNorm, or a LayerNorm on the picture too, would be other numbers.
-    plain = model.text_embed.word.weight[ids] + model.text_embed.position.weight[:L]
-    assert (model.text_embed.norm(plain + types[0]) - got[:, :L]).abs().max() > 0.05
-    assert (model.text_embed.norm(image) + types[1] - got[:, L:]).abs().max() > 0.05
+    plain = model.embed.text.word.weight[ids] + model.embed.text.position.weight[:L]
+    assert (model.embed.text.norm(plain + types[0]) - got[:, :L]).abs().max() > 0.05
+    assert (model.embed.text.norm(image) + types[1] - got[:, L:]).abs().max() > 0.05
 
 
 @torch.no_grad()
 def test_types_off():
     model, images, (ids, _) = shaken(replace(SMALL, modality_types=0)), pictures(), texts()
-    assert model.type_embed is None
+    assert model.embed.types is None
     close(model.embed(images, ids), torch.cat(embed_by_hand(model, images, ids), dim=1))
     assert count_parameters(shaken()) - count_parameters(model) == 2 * SMALL.width
-    assert ViLT(replace(SMALL, modality_types=3)).type_embed.weight.shape == (3, SMALL.width)  # NLVR2
+    assert ViLT(replace(SMALL, modality_types=3)).embed.types.weight.shape == (3, SMALL.width)  # NLVR2
 
 
 @torch.no_grad()
@@ -151,8 +151,8 @@ def test_hidden_patches_are_replaced_before_the_position_is_added():
     before, after = model.embed(images, ids), model.embed(images, ids, hidden=hidden)
     at = torch.cat([torch.zeros(B, L + 1, dtype=torch.bool), hidden], dim=1)  # places in the whole sequence
     close(after[~at], before[~at])
-    positions = model.image_embed.pos_embed[0, [1 + 5, 1 + 0]]
-    close(after[at], model.mask_patch + positions + model.type_embed.weight[1])
+    positions = model.embed.image.pos_embed[0, [1 + 5, 1 + 0]]
+    close(after[at], model.embed.mask_patch + positions + model.embed.types.weight[1])
     assert (after[at] - before[at]).abs().max() > 0.1
     changed = images.clone()
     changed[0, :, 4:8, 4:8] += 1  # patch 5 of the first picture
@@ -250,7 +250,7 @@ def test_patches_of_padded_pictures_can_be_hidden():
     hidden[:, 1] = True
     pooled = model(images, ids, mask, image_mask=image_mask, hidden=hidden)[0]
     pooled.sum().backward()
-    assert model.mask_patch.grad.abs().max() > 1e-4
+    assert model.embed.mask_patch.grad.abs().max() > 1e-4
     changed = images.clone()
     changed[:, :, :4, 4:8] += 1  # patch 1 of every picture
     close(model(changed, ids, mask, image_mask=image_mask, hidden=hidden)[0], pooled)
@@ -331,7 +331,7 @@ def test_the_three_ways_give_three_answers():
 def test_gradients_between_the_modalities(attend, meet):
     model, images, (ids, mask) = shaken(replace(SMALL, attend=attend)), pictures().requires_grad_(), texts()
     pooled, named = model(images, ids, mask)
-    words = model.text_embed.word.weight
+    words = model.embed.text.word.weight
 
     def gradient(output: Tensor, source: Tensor) -> float:
         return torch.autograd.grad((output * torch.randn_like(output)).sum(), source, retain_graph=True)[0].abs().max()
@@ -382,7 +382,7 @@ def test_every_parameter_learns():
     for name, parameter in model.named_parameters():
         if not name.endswith("attn.kv.bias"):  # its key half cancels in the softmax
             assert parameter.grad.abs().max() > 1e-5, name
-    assert model.text_embed.position.weight.grad[L:].abs().max() == 0  # no text was longer
+    assert model.embed.text.position.weight.grad[L:].abs().max() == 0  # no text was longer
 
 
 def test_answer_head():
@@ -415,15 +415,15 @@ def test_initial_values():
             assert not module.bias.any(), name
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and not module.bias.any(), name
-    for parameter in (model.image_embed.cls_token, model.image_embed.pos_embed):
+    for parameter in (model.embed.image.cls_token, model.embed.image.pos_embed):
         assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
-    assert not model.mask_patch.any()
+    assert not model.embed.mask_patch.any()
 
 
 def test_the_decoder_is_not_tied_to_the_embedded_words():
     model = ViLT(SMALL)
-    assert model.mlm_head.decoder.weight is not model.text_embed.word.weight
-    assert model.mlm_head.decoder.weight.shape == model.text_embed.word.weight.shape
+    assert model.mlm_head.decoder.weight is not model.embed.text.word.weight
+    assert model.mlm_head.decoder.weight.shape == model.embed.text.word.weight.shape
 
 
 @torch.no_grad()
@@ -431,9 +431,9 @@ def test_dropout_and_eps_follow_the_config():
     model = ViLT(replace(SMALL, dropout=0.3, eps=0.5, text_eps=0.25, mlp_ratio=3))
     sites = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout)}
     blocks = [f"encoder.blocks.{i}.{part}.dropout" for i in range(2) for part in ("attn", "mlp")]
-    assert sites == dict.fromkeys(["text_embed.dropout", "image_embed.dropout", *blocks], 0.3)
+    assert sites == dict.fromkeys(["embed.text.dropout", "embed.image.dropout", *blocks], 0.3)
     eps = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
-    assert eps.pop("text_embed.norm") == eps.pop("mlm_head.norm") == 0.25 and set(eps.values()) == {0.5}
+    assert eps.pop("embed.text.norm") == eps.pop("mlm_head.norm") == 0.25 and set(eps.values()) == {0.5}
     assert model.encoder.blocks[0].mlp.fc1.out_features == 48
 
 
@@ -454,11 +454,11 @@ def test_start_from_vit_takes_patches_positions_and_blocks():
     vit, model, images, (ids, _) = trained_vit(), ViLT(replace(SMALL, attend="separate")), pictures(), texts()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert start_from_vit(model, vit) is model
-    assert torch.equal(model.image_embed(images), vit.embed(images))
+    assert torch.equal(model.embed.image(images), vit.embed(images))
     for name, value in model.state_dict().items():
-        assert name.startswith(("image_embed.", "encoder.")) != torch.equal(value, before[name]), name
+        assert name.startswith(("embed.image.", "encoder.")) != torch.equal(value, before[name]), name
     # Left alone, the picture's stream is the ViT itself, down to its last LayerNorm.
-    model.type_embed = None
+    model.embed.types = None
     close(model.eval()(images, ids)[1]["image"], vit(images, everything=True)[1]["tokens"])
 
 
@@ -475,17 +475,17 @@ def test_start_from_vit_copies_by_value():
 @pytest.mark.parametrize(
     ("option", "part"),
     [
-        (dict(width=32), "image_embed.cls_token"),
-        (dict(patch_size=8), "image_embed.pos_embed"),
-        (dict(image_size=32), "image_embed.pos_embed"),
-        (dict(channels=1), "image_embed.patch_embed.proj.weight"),
+        (dict(width=32), "embed.image.cls_token"),
+        (dict(patch_size=8), "embed.image.pos_embed"),
+        (dict(image_size=32), "embed.image.pos_embed"),
+        (dict(channels=1), "embed.image.patch_embed.proj.weight"),
         (dict(depth=1), "encoder.blocks.1"),
         (dict(depth=3), "encoder.blocks.2"),
         (dict(mlp_ratio=2), "encoder.blocks.0.mlp"),
         (dict(heads=4), "heads"),
-        (dict(pool="mean"), "image_embed.cls_token"),
-        (dict(position="2d"), "image_embed.pos"),
-        (dict(position="none"), "image_embed.pos_embed"),
+        (dict(pool="mean"), "embed.image.cls_token"),
+        (dict(position="2d"), "embed.image.pos"),
+        (dict(position="none"), "embed.image.pos_embed"),
         (dict(norm="post"), "encoder.norm"),
     ],
 )

@@ -178,7 +178,7 @@ def masked_patch_loss(
     covered = asked & (torch.rand(asked.shape, generator=generator) < 0.8).to(images.device)  # the rest stays visible
     mean = F.avg_pool2d(images.float(), P).flatten(2).transpose(1, 2).round().long()  # (B, N, C), 0..255
     if not asked.any():
-        return model.mask_patch.sum() * 0.0
+        return model.embed.mask_patch.sum() * 0.0
     _, named = model(images, ids, mask, hidden=covered)
     scores = model.mpp_head(named["image"][:, 1:][asked]).view(-1, C, 256)
     return F.cross_entropy(scores.flatten(0, 1).float(), mean[asked].flatten())
@@ -488,3 +488,9 @@ def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None
             right = answered_right(answers_of(tuned, blank=blank), asked("test", 500))
             metrics |= {name if kind == "all" else f"{name}, {kind}": value for kind, value in right.items()}
     return Run(model, history, metrics)
+
+
+def prepare() -> None:
+    """Draw every picture set the experiments use, once, so that runs side by side find them in the cache."""
+    for split, n in (("train", MAIN.train_size), ("val", 300), ("test", 1000), ("test", 500)):
+        pairs(split, n)

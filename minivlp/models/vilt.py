@@ -71,49 +71,73 @@ def padded_positions(table: Tensor, image_mask: Tensor) -> Tensor:
     return torch.cat([table[:, :1].expand(B, -1, -1), positions.flatten(1, 2)], dim=1)
 
 
+class ViLTEmbeddings(nn.Module):
+    """Words and patches in one row, marked by type (ViLT, eq. 1-3): what the transformer sees."""
+
+    def __init__(self, config: ViLTConfig) -> None:
+        super().__init__()
+        c = config
+        self.text = TextEmbeddings(c.vocab_size, c.max_text, c.width, dropout=c.dropout, eps=c.text_eps)
+        self.image = ViTEmbeddings(c.image_config())
+        self.types = nn.Embedding(c.modality_types, c.width) if c.modality_types else None
+        if c.patch_colours:
+            self.mask_patch = nn.Parameter(torch.zeros(c.width))
+
+    def forward(
+        self, images: Tensor, ids: Tensor, *, image_mask: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """images (B, C, H, W), ids (B, L) -> (B, L + 1 + N, D), text first.
+
+        `image_mask` (B, H/P, W/P) marks the patches that a picture fills, `hidden` (B, N) those to be replaced by the
+        learned `mask_patch`.
+        """
+        text = self.text(ids)  # (B, L, D), normalised
+        if image_mask is None and hidden is None:
+            image = self.image(images)  # (B, 1+N, D), not normalised
+        else:  # the same steps, with other positions or patches
+            patches, table = self.image.patch_embed(images), self.image.pos_embed
+            if hidden is not None:
+                patches = torch.where(hidden[..., None], self.mask_patch, patches)
+            image = torch.cat([self.image.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+            image = self.image.dropout(image + (table if image_mask is None else padded_positions(table, image_mask)))
+        if self.types is not None:  # added after the text's LayerNorm, which would otherwise distort it
+            text, image = text + self.types.weight[0], image + self.types.weight[1]
+        return torch.cat([text, image], dim=1)
+
+
+def pair_mask(
+    x: Tensor, L: int, text_mask: Tensor | None = None, image_mask: Tensor | None = None, attend: str = "all"
+) -> Tensor:
+    """Who may look at whom in rows x (B, T, D) of L words and the picture's tokens: (B, 1, 1 or T, T) boolean.
+
+    Padding may not be looked at. Padded tokens themselves are computed like the others, and never read.
+    """
+    B, T, _ = x.shape
+    seen = x.new_ones(B, T, dtype=torch.bool)
+    if text_mask is not None:
+        seen[:, :L] = text_mask
+    if image_mask is not None:
+        seen[:, L + 1 :] = image_mask.flatten(1)
+    mask = seen[:, None, None, :]  # every head and every row alike
+    return mask if attend == "all" else mask & block_mask(L, T - L, attend, device=x.device)
+
+
 class ViLT(nn.Module):
-    """Words and patches, marked by type -> one encoder -> heads on top (ViLT, Fig. 3, eq. 1-5)."""
+    """One row of words and patches -> one encoder -> heads on top (ViLT, Fig. 3, eq. 1-5)."""
 
     def __init__(self, config: ViLTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.text_embed = TextEmbeddings(c.vocab_size, c.max_text, c.width, dropout=c.dropout, eps=c.text_eps)
-        self.image_embed = ViTEmbeddings(c.image_config())
-        self.type_embed = nn.Embedding(c.modality_types, c.width) if c.modality_types else None
+        self.embed = ViLTEmbeddings(c)
         self.encoder = Encoder(c.width, c.depth, c.heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout, eps=c.eps)
         self.pooler = nn.Linear(c.width, c.width)
         self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
         self.mlm_head = MLMHead(c.width, c.vocab_size, eps=c.text_eps)
-        if c.patch_colours:
-            self.mask_patch = nn.Parameter(torch.zeros(c.width))
-            self.mpp_head = MLMHead(c.width, c.channels * 256, eps=c.text_eps)
+        self.mpp_head = MLMHead(c.width, c.channels * 256, eps=c.text_eps) if c.patch_colours else None
         self.answer_head = answer_head(c.width, c.answers) if c.answers else None
         init_normal(self)
-        for parameter in (self.image_embed.cls_token, self.image_embed.pos_embed):
+        for parameter in (self.embed.image.cls_token, self.embed.image.pos_embed):
             nn.init.normal_(parameter, std=0.02)
-
-    def embed(
-        self, images: Tensor, ids: Tensor, *, image_mask: Tensor | None = None, hidden: Tensor | None = None
-    ) -> Tensor:
-        """What the transformer sees: images (B, C, H, W), ids (B, L) -> (B, L + 1 + N, D), text first (eq. 1-3)."""
-        text = self.text_embed(ids)  # (B, L, D), normalised
-        if image_mask is None and hidden is None:
-            image = self.image_embed(images)  # (B, 1+N, D), not normalised
-        else:
-            image = self._odd_pictures(images, image_mask, hidden)
-        if self.type_embed is not None:  # added after the text's LayerNorm, which would otherwise distort it
-            text, image = text + self.type_embed.weight[0], image + self.type_embed.weight[1]
-        return torch.cat([text, image], dim=1)
-
-    def _odd_pictures(self, images: Tensor, image_mask: Tensor | None, hidden: Tensor | None) -> Tensor:
-        """Pictures with padding (`image_mask`) or with hidden patches (`hidden`): (B, 1+N, D)."""
-        embed = self.image_embed
-        x = embed.patch_embed(images)
-        if hidden is not None:
-            x = torch.where(hidden[..., None], self.mask_patch, x)
-        x = torch.cat([embed.cls_token.expand(len(x), -1, -1), x], dim=1)
-        table = embed.pos_embed
-        return embed.dropout(x + (table if image_mask is None else padded_positions(table, image_mask)))
 
     def forward(
         self, images: Tensor, ids: Tensor, text_mask: Tensor | None = None, *, image_mask: Tensor | None = None,
@@ -121,34 +145,19 @@ class ViLT(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """images (B, C, H, W), ids (B, L) -> pooled p (B, D), and by name "text" (B, L, D), "image" (B, 1+N, D).
 
-        text_mask:  (B, L), True at tokens, False at padding; None: no padding
-        image_mask: (B, H/P, W/P), True at the patches that a picture fills, in batches of padded pictures
-        hidden:     (B, N), True at patches to be replaced by the learned `mask_patch`
-        rows:       compute only the first tokens in the last block: 1 is enough for p, L for all words; the rest is
-                    then missing from "text" and "image". Only attend="all" saves this work, the others compute all
-        everything: also "embedded" and "block_i" (B, T, D) and "attention_i" (B, heads, T, T), T = L + 1 + N
+        text_mask (B, L) is True at tokens; image_mask and hidden as in `ViLTEmbeddings`; without them all is real.
+        `rows` computes only the first tokens in the last block, 1 for p alone, L for all words (with attend="all");
+        `everything` adds "embedded", "block_i" (B, T, D) and "attention_i" (B, heads, T, T), T = L + 1 + N.
         """
-        L, c = ids.shape[1], self.config
+        L, attend = ids.shape[1], self.config.attend
         x = self.embed(images, ids, image_mask=image_mask, hidden=hidden)
-        B, T, _ = x.shape
-        # Padding may not be looked at. Padded tokens themselves are computed like the others, and never read.
-        seen = x.new_ones(B, T, dtype=torch.bool)
-        if text_mask is not None:
-            seen[:, :L] = text_mask
-        if image_mask is not None:
-            seen[:, L + 1 :] = image_mask.flatten(1)
-        mask = seen[:, None, None, :]  # (B, 1, 1, T): every head and every row alike
-        if c.attend != "all":
-            mask = mask & block_mask(L, T - L, c.attend, device=x.device)
-        # A block mask has a row per token, so it wants all of them. And two encoders meet only behind the last block,
-        # where both class tokens are needed.
-        rows = rows if c.attend == "all" and not everything else None
+        mask = pair_mask(x, L, text_mask, image_mask, attend)
+        # A block mask has a row for each token; and two encoders need both class tokens after the last block.
+        rows = rows if attend == "all" and not everything else None
         states, named = self.encoder(x, mask=mask, rows=rows, everything=everything)
-        if everything:
-            named["embedded"] = x
-        named |= {"text": states[:, :L], "image": states[:, L:]}
+        named |= {"text": states[:, :L], "image": states[:, L:]} | ({"embedded": x} if everything else {})
         pooled = torch.tanh(self.pooler(states[:, 0]))  # the text's class token; the image's has no head
-        if c.attend == "separate":
+        if attend == "separate":
             pooled = pooled * torch.tanh(self.pooler(states[:, L]))
         return pooled, named
 
@@ -163,9 +172,9 @@ def start_from_vit(model: ViLT, vit: ViT) -> ViLT:
 
     Raises ValueError if they differ in shape, or if the ViT lacks one of these parts.
     """
-    theirs = {f"image_embed.{k}": v for k, v in vit.embed.state_dict().items()}
+    theirs = {f"embed.image.{k}": v for k, v in vit.embed.state_dict().items()}
     theirs |= {f"encoder.{k}": v for k, v in vit.encoder.state_dict().items()}
-    ours = {k: v for k, v in model.state_dict().items() if k.startswith(("image_embed.", "encoder."))}
+    ours = {k: v for k, v in model.state_dict().items() if k.startswith(("embed.image.", "encoder."))}
     wrong = [k for k in ours | theirs if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
     if vit.config.heads != model.config.heads:  # no shape shows them
         wrong.append("heads")
