@@ -129,8 +129,11 @@ def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scrat
     if run.history.stopped:  # `fit` turns Ctrl-C into a short run, which is no result
         raise KeyboardInterrupt
     h, window = run.history, 20
-    windows = list(range(window, h.steps + 1, window))
-    curves = {loss: {"steps": windows, "values": h.smooth(loss, window)} for loss in h.losses}
+    curves = {}
+    for loss, values in h.losses.items():
+        joined = h.steps - len(values)  # a loss may join later than the others
+        steps = list(range(joined + window, h.steps + 1, window))
+        curves[loss] = {"steps": steps, "values": h.smooth(loss, window)}
     curves |= {metric: {"steps": h.metric_steps, "values": values} for metric, values in h.metrics.items()}
     for curve in curves.values():
         curve["values"] = [round(v, 4) for v in curve["values"]]

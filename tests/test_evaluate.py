@@ -10,13 +10,19 @@ import torch
 from scipy import linalg
 from torch import Tensor, nn
 
+from minivlp.data import Tokenizer
 from minivlp.evaluate import (
     accuracy,
     attention_distance,
+    cloze,
+    cloze_accuracy,
     confusion,
+    filled_in,
     k_per_class,
     mean_and_spread,
     predict,
+    probe_scores,
+    recall_at,
     ridge_probe,
 )
 from minivlp.models.cnn import ResNetConfig, SmallResNet
@@ -217,3 +223,67 @@ def test_attention_distance_counts_patches_of_all_pictures_alike():
     near, far = torch.eye(4)[None, None], torch.eye(4).flip(1)[None, None]
     both = attention_distance(torch.cat([near, far]), patch_size=1, prefix=0)
     torch.testing.assert_close(both, torch.tensor([math.sqrt(2) / 2]))
+
+
+# --- pairs of texts and pictures -------------------------------------------------------------------------------------
+
+
+def test_recall_counts_ties_against_the_truth():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [0.0, 5.0, 4.0]])
+    truth = torch.tensor([0, 1, 2])
+    assert [round(recall_at(scores, truth, k), 4) for k in (1, 2, 3)] == [0.3333, 0.6667, 1.0]
+
+
+def test_recall_of_no_opinion_is_zero_and_of_random_scores_is_chance():
+    assert recall_at(torch.zeros(5, 9), torch.arange(5), 1) == 0.0
+    scores = torch.rand(4000, 10, generator=torch.Generator().manual_seed(0))
+    assert abs(recall_at(scores, torch.zeros(4000, dtype=torch.long), 3) - 0.3) < 0.03
+
+
+def test_probe_scores_by_hand():
+    #                      picture a: own, other   picture b: a's caption, own
+    right = [[2.0, 1.0], [0.0, 3.0]]
+    text_only = [[5.0, 4.0], [6.0, 7.0]]  # each picture prefers its own caption, but caption a prefers picture b
+    wrong = [[1.0, 2.0], [3.0, 0.0]]
+    found = probe_scores(torch.tensor([right, text_only, wrong]))
+    expected = {"pair": 4 / 6, "text": 2 / 3, "image": 1 / 3, "group": 1 / 3}
+    assert found == pytest.approx(expected)
+
+
+def test_probe_scores_of_a_bag_of_words_are_never_a_pass():
+    """Both captions alike: nothing is preferred, and a tie is no preference."""
+    assert set(probe_scores(torch.ones(4, 2, 2)).values()) == {0.0}
+
+
+FACTS = {"cat": "cat", "kitten": "cat", "cottage": "house", "house": "house", "dog": "dog"}
+
+
+def test_cloze_hides_the_first_named_word_whole():
+    tokenizer = Tokenizer.default()
+    captions = ["a red cottage and a dog", "nothing here", "we see a kitten"]
+    made = cloze(captions, tokenizer, FACTS)
+    assert made.rows.tolist() == [0, 2] and made.answers == ("house", "cat")
+    for row, word in enumerate(("cottage", "kitten")):
+        pieces = len(tokenizer.encode(word)) - 2
+        assert (made.ids[row] == tokenizer.mask_id).sum() == pieces
+    visible = tokenizer.decode(made.ids[0][made.mask[0]])
+    assert "dog" in visible and "cottage" not in visible
+
+
+def test_filled_in_words_are_read_at_the_hidden_places_alone():
+    tokenizer = Tokenizer.default()
+    made = cloze(["a red cottage and a dog", "we see a kitten"], tokenizer, FACTS)
+    answers = [tokenizer.encode("cottage")[1:-1], tokenizer.encode("dog")[1:-1]]
+
+    def scores(rows, ids, mask):
+        out = torch.zeros(*ids.shape, tokenizer.vocab_size)
+        out[..., tokenizer.encode("a")[1]] = 1.0  # everywhere else "a"
+        for b, row in enumerate(rows.tolist()):
+            for place, token in zip((ids[b] == tokenizer.mask_id).nonzero().flatten(), answers[row], strict=True):
+                out[b, place, token] = 2.0
+        return out
+
+    words = filled_in(made, tokenizer, scores, batch_size=1)
+    assert words == ["cottage", "dog"]
+    assert cloze_accuracy(made, words) == 0.5  # a cottage is a house; a dog is no cat
+    assert cloze_accuracy(made, ["house", "kitten"]) == 1.0
