@@ -18,25 +18,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlp.losses import IGNORE, word_positions
+from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.pretrained import from_hf
 
 Batch = tuple[Tensor, ...]
+Outputs = Tensor | tuple[Tensor, ...]
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation: `outputs(batch)` is a tensor that all contenders of a row must agree on."""
+    """One implementation: `outputs(batch)` is a tensor, or several, that all contenders of a row must agree on."""
 
     name: str
     model: nn.Module
-    outputs: Callable[[Batch], Tensor]
+    outputs: Callable[[Batch], Outputs]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Row:
     title: str
     contenders: Callable[[], list[Contender]]
     batch: Callable[[], Batch]
-    loss: Callable[[Tensor, Batch], Tensor] | None  # (outputs, batch) -> scalar; None: forward alone, without gradients
+    loss: Callable[[Any, Batch], Tensor] | None  # (outputs, batch) -> scalar; None: forward alone, without gradients
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ def transformers_installed() -> bool:
 
 def transformers_pair(config: ViTConfig) -> tuple[nn.Module, ViT]:
     """The official class at the sizes of `config` with random weights, and our model loaded from what it saves."""
-    import transformers  # the one place of the package that knows it, and only if it is there
+    import transformers  # this file alone knows it, and only if it is there
 
     official = transformers.ViTConfig(
         image_size=config.image_size, patch_size=config.patch_size, num_channels=config.channels,
@@ -137,10 +141,17 @@ def transformers_pair(config: ViTConfig) -> tuple[nn.Module, ViT]:
         attn_implementation="sdpa",
     )  # fmt: skip
     theirs = transformers.ViTForImageClassification(official)
+    return theirs, as_ours(theirs)
+
+
+def as_ours(theirs: nn.Module) -> Any:
+    """Our model with the weights of an official one, by way of the files that it saves."""
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return theirs, from_hf(folder)
+        return from_hf(folder)
 
 
 def vit_row(patch_size: int, *, training: bool, batch_size: int = 64) -> Row:
@@ -164,7 +175,126 @@ def vit_row(patch_size: int, *, training: bool, batch_size: int = 64) -> Row:
     )
 
 
-ROWS: list[Row] = [vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)]
+# --- ViLT ------------------------------------------------------------------------------------------------------------
+
+# (images, ids, mask, rows) -> pooled output (B, D) and at least the first `rows` text states
+ReadPair = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def pair_scores(read: ReadPair, word_head: nn.Module, match_head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The two passes of a pre-training step: scores of the M hidden words (M, V), and of the pairs matching (B, 2)."""
+    images, hidden_ids, labels, other_images, ids, mask, _ = batch
+    L = ids.shape[1]
+    _, text = read(images, hidden_ids, mask, L)
+    pooled, _ = read(other_images, ids, mask, 1)
+    return word_head(text[labels != IGNORE]), match_head(pooled)
+
+
+def pair_loss(scores: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    """Masked words plus matching, each cross-entropy (ViLT, 3.2, without the alignment term)."""
+    labels, match = batch[2], batch[6]
+    return F.cross_entropy(scores[0], labels[labels != IGNORE]) + F.cross_entropy(scores[1], match)
+
+
+def vilt_contenders(config: ViLTConfig) -> list[Contender]:
+    """Ours twice and transformers' (if installed), all with the weights of the first.
+
+    The outputs compared are scores of words and of pairs. They come from text states and pooled output; the official
+    class shuffles its patches, so that its image states have another order at each call.
+    """
+    theirs = None
+    if transformers_installed():
+        theirs, ours = transformers_vilt_pair(config)
+    else:
+        ours = ViLT(config)
+    short = ViLT(ours.config)
+    short.load_state_dict(ours.state_dict())
+
+    def reader(model: ViLT, *, every: bool) -> ReadPair:
+        def read(images: Tensor, ids: Tensor, mask: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+            pooled, named = model(images, ids, mask, rows=None if every else rows)
+            return pooled, named["text"]
+
+        return read
+
+    def read_theirs(images: Tensor, ids: Tensor, mask: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        out = theirs.vilt(input_ids=ids, attention_mask=mask.long(), pixel_values=images)
+        return out.pooler_output, out.last_hidden_state[:, : ids.shape[1]]
+
+    def contender(name: str, model: Any, read: ReadPair, word_head: nn.Module) -> Contender:
+        return Contender(name, model, lambda batch: pair_scores(read, word_head, model.itm_head, batch))
+
+    contenders = [
+        contender("minivlp ViLT, every token", ours, reader(ours, every=True), ours.mlm_head),
+        contender("minivlp ViLT, rows=: last block only for what is read", short, reader(short, every=False),
+                  short.mlm_head),
+    ]  # fmt: skip
+    if theirs is not None:
+        name = "transformers ViltModel with the same heads, eager (it has no sdpa)"
+        contenders.append(contender(name, theirs, read_theirs, theirs.mlm_score))
+    return contenders
+
+
+def transformers_vilt_pair(config: ViLTConfig) -> tuple[nn.Module, ViLT]:
+    """The official body and MLM head with random weights plus a matching head, and our model with the same weights.
+
+    Both train the same numbers: the official segment vectors, which ours keeps in the position table, stay at zero, and
+    the MLM head's output matrix is not tied to the word table.
+    """
+    import transformers
+
+    official = transformers.ViltConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.max_text, image_size=config.image_size,
+        patch_size=config.patch_size, num_channels=config.channels, hidden_size=config.width,
+        num_hidden_layers=config.depth, num_attention_heads=config.heads,
+        intermediate_size=config.mlp_ratio * config.width, layer_norm_eps=config.eps,
+    )  # fmt: skip
+    theirs = transformers.ViltForMaskedLM(official)
+    embeddings = theirs.vilt.embeddings
+    for zeros in (embeddings.cls_token, embeddings.position_embeddings):  # zeros would agree with everything
+        nn.init.normal_(zeros, std=0.02)
+    nn.init.zeros_(embeddings.text_embeddings.token_type_embeddings.weight).requires_grad_(False)
+    ours = as_ours(theirs)
+    theirs.mlm_score.decoder.weight = nn.Parameter(theirs.mlm_score.decoder.weight.detach().clone())
+    theirs.itm_head = nn.Linear(config.width, 2)
+    theirs.itm_head.load_state_dict(ours.itm_head.state_dict())
+    return theirs, ours
+
+
+def pair_batch(config: ViLTConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens: B `images` (B, C, H, W) and their `hidden_ids` (B, L) with
+    `labels` (B, L) for the MLM pass, then `other_images`, half of them swapped, `ids`, `mask` and `match` (B)."""
+    generator = torch.Generator().manual_seed(0)
+    side, mask_id, first = config.image_size, 4, 7  # the course's tokenizer: [MASK] is 4, words begin at 7
+    images = torch.rand(batch_size, config.channels, side, side, generator=generator) * 2 - 1
+    lengths = torch.randint(8, longest + 1, (batch_size,), generator=generator)
+    lengths[0] = longest
+    mask = torch.arange(longest) < lengths[:, None]
+    ids = torch.randint(first, config.vocab_size, (batch_size, longest), generator=generator) * mask
+    asked = word_positions(mask) & (torch.rand(ids.shape, generator=generator) < 0.15)
+    match = torch.randperm(batch_size, generator=generator) % 2
+    other_images = torch.where(match[:, None, None, None] == 1, images, images.roll(1, dims=0))
+    return images, ids.masked_fill(asked, mask_id), ids.masked_fill(~asked, IGNORE), other_images, ids, mask, match
+
+
+def vilt_row(*, batch_size: int = 64, longest: int = 14) -> Row:
+    """The course's own ViLT (width 128, depth 4) on pictures of 64 pixels with short texts, some padded."""
+    config = ViLTConfig()
+    return Row(
+        name="vilt-train",
+        title="ViLT, training step (MLM pass, ITM pass, backward, AdamW): "
+        f"{config.image_size} px, patch {config.patch_size}, texts of 8 to {longest} tokens, width {config.width}, "
+        f"depth {config.depth}, batch {batch_size}",
+        contenders=lambda: vilt_contenders(config),
+        batch=lambda: pair_batch(config, batch_size=batch_size, longest=longest),
+        loss=pair_loss,
+    )
+
+
+ROWS: list[Row] = [
+    *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
+    vilt_row(),
+]
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -174,7 +304,8 @@ def check_equal(row: Row, contenders: Sequence[Contender], batch: Batch, *, tole
     """The largest difference of any contender's outputs and loss from the first one's; RuntimeError above tolerance."""
     with torch.no_grad():
         outputs = [contender.outputs(batch) for contender in contenders]
-        worst = max((o - outputs[0]).abs().max().item() for o in outputs)
+        parts = [o if isinstance(o, tuple) else (o,) for o in outputs]
+        worst = max((a - b).abs().max().item() for own in parts for a, b in zip(own, parts[0], strict=True))
         if row.loss is not None:
             losses = [row.loss(o, batch).item() for o in outputs]
             worst = max(worst, *(abs(loss - losses[0]) for loss in losses))

@@ -37,9 +37,9 @@ alt_text = {
     "LayerNorm, MLP, add, LayerNorm.",
     "norm_placement": "Pre-norm and post-norm blocks side by side: in pre-norm the LayerNorms stand inside the "
     "branches and the stream itself is never normalised; in post-norm they stand on the stream after each addition.",
-    "course_map": "The eight lessons by family: ViT reads pictures alone; ViLT is a single stream; CLIP and FLIP are "
-    "dual encoders; ALBEF, VLMo, BLIP and BLIP-2 have both routes in one model. Arrows say what each takes from an "
-    "earlier lesson.",
+    "course_map": "Four architectures with ViT, which reads pictures alone, as their root. Single stream: ViLT. Dual "
+    "stream: LXMERT and ViLBERT, built in lesson 02 to compare. Dual encoder: CLIP and FLIP. Fusion + dual, both routes "
+    "in one model: ALBEF, VLMo, BLIP and BLIP-2. Arrows say what each takes from an earlier lesson.",
     "family_map": "Four families by the size of their parts: (a) a large visual embedder, a smaller textual one, "
     "little interaction; (b) two equal embedders and little interaction, as in CLIP; (c) a heavy visual embedder and a "
     "deep interaction; (d) small embedders and nearly everything in the interaction, as in ViLT.",
@@ -717,7 +717,7 @@ LESSONS = {  # number -> name, what it is, the modality of its colour
 
 
 def course_map(highlight: str | int | None = None) -> Figure:
-    """The eight models by family, and what each takes from earlier ones.
+    """The eight models by architecture, and what each takes from earlier ones.
 
     `highlight`, a lesson's number or name ("01_vit"), marks it "you are here" and its incoming arrows.
     """
@@ -726,14 +726,17 @@ def course_map(highlight: str | int | None = None) -> Figure:
         here = f"{highlight:02d}" if isinstance(highlight, int) else str(highlight)[:2]
         if here not in LESSONS:
             raise ValueError(f"there is no lesson {highlight!r}: choose a number from 1 to 8")
-    c = Canvas(WIDTH, 5.85)
-    for y, h, title in (
-        (4.68, 1.12, "one deep network for both"),
-        (1.55, 2.95, "both routes in one model"),
-        (0.08, 1.3, "two encoders, compared at the end"),
+    c = Canvas(WIDTH, 6.2)
+    right = WIDTH - 0.1
+    for x, y, end, h, title, what in (
+        (2.2, 4.7, 4.62, 1.42, "single stream", "one network for both"),
+        (4.76, 4.7, right, 1.42, "dual stream", "two networks that look at each other"),
+        (2.2, 1.55, right, 3.02, "fusion + dual", "both routes in one model"),
+        (2.2, 0.08, right, 1.34, "dual encoder", "two networks, compared at the end"),
     ):
-        c.ax.add_patch(Rectangle((2.2, y), WIDTH - 2.3, h, facecolor="#F5F5F5", edgecolor="none", zorder=0))
-        c.note(WIDTH - 0.18, y + h - 0.14, title, weight="bold", colour=QUIET, ha="right")
+        c.ax.add_patch(Rectangle((x, y), end - x, h, facecolor="#F5F5F5", edgecolor="none", zorder=0))
+        c.note(end - 0.1, y + h - 0.15, title, weight="bold", colour=QUIET, ha="right")
+        c.note(end - 0.1, y + h - 0.33, what, size=SMALLEST, colour=QUIET, ha="right")
     w, h = 1.45, 0.75
     places = {
         "01": (0.15, 2.25), "02": (2.35, 4.85), "05": (2.35, 1.9), "03": (2.35, 0.25), "06": (4.5, 3.33),
@@ -744,17 +747,19 @@ def course_map(highlight: str | int | None = None) -> Figure:
         name, family, modality = LESSONS[number]
         words = f"{number}  {name}\n{family}"
         boxes[number] = c.box(x, y, w, h, words, modality=modality, size=9.5, new=number == here, tag="you are here")
+    streams = c.box(4.95, 4.85, 3.0, h, "LXMERT, ViLBERT\nbuilt in lesson 02 to compare", modality="fused", size=9.5)
 
     def reuse(a: str, b: str, what: str, **route: Any) -> None:
         c.arrow(boxes[a], boxes[b], what, colour=NEW if b == here else QUIET, **route)
 
     reuse("01", "02", "patches, blocks", start="top", end="left", bend=True, at=(0.2, 0.5), width=0.8)
     reuse("01", "03", "the image tower", start="bottom", end="left", bend=True, at=(0.2, 0.5), width=0.8)
+    c.arrow(boxes["02"], streams, "compared", dashed=True)
     reuse("02", "05", "ITM, MLM", at=(0.2, 0.2))
     reuse("03", "05", "contrast (ITC)", at=(0.2, 0.2))
     reuse("03", "04", "fewer patches", width=0.7)
-    reuse("02", "06", "one stream", start="right", end="top", bend=True, at=(0.5, 0.2))
-    reuse("05", "06", "hard negatives", start="right", end="left", bend=True, at=(0.75, 0.5), side="right", width=0.7)
+    reuse("02", "06", "one stream", start="bottom", end="left", bend=True, at=(0.85, 0.75))
+    reuse("05", "06", "hard negatives", start="right", end="left", bend=True, at=(0.75, 0.25), side="right", width=0.7)
     reuse("05", "07", "ITC, ITM", at=(0.4, 0.4), side="below")
     reuse("07", "08", "ITC, ITM, LM", side="above", width=0.55)
     return c.fig

@@ -76,6 +76,18 @@ def attention_distance(weights: Tensor, *, patch_size: int, prefix: int = 1) -> 
     return (w * distances).sum(dim=-1).mean(dim=(0, 2))
 
 
+def attention_shares(weights: Tensor, text_mask: Tensor) -> Tensor:
+    """How a single stream shares out its attention: weights (B, heads, T, T) of one layer, text first, and text_mask
+    (B, L) -> four shares: text at text, text at image, image at text, image at image.
+
+    The first two add up to 1, and the last two. Heads are averaged; padded tokens do not count as looking.
+    """
+    L = text_mask.shape[1]
+    w = weights.mean(dim=1)  # (B, T, T)
+    looking = w[:, :L][text_mask], w[:, L:].flatten(0, 1)  # (words, T) and (image tokens, T)
+    return torch.stack([part.sum(-1).mean() for rows in looking for part in (rows[:, :L], rows[:, L:])])
+
+
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds (0.0 for a single one)."""
     v = np.asarray(values, dtype=float)

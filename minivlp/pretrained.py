@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.train import CheckpointError
 
@@ -51,8 +52,10 @@ def from_hf(
     cache). The class follows from `model_type` in config.json.
 
     A classifier gets `model.labels`, the class names in the order of the scores. With `num_classes` the checkpoint's
-    own head is left out and a new zero one of that many classes put in its place, as for fine-tuning (ViT, 3.2). A
-    checkpoint without a head always gets such a new one; a new head has `labels == ()`.
+    own classifier is left out and a new one of that many classes put in its place, as for fine-tuning: of zeros in a
+    ViT (ViT, 3.2), of random numbers in a ViLT. `model.fresh` names the parts of our model which the checkpoint has no
+    weights for, such as ("head",); they need training, and a new classifier has `labels == ()`. What is new when and
+    where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`.
 
     Raises CheckpointError if anything is missing, damaged or of another kind.
     """
@@ -78,17 +81,67 @@ def preprocess(
     The defaults give [-1, 1], right for Google's ViT. Feeding it pixels scaled by the ImageNet mean and standard
     deviation instead is a common mistake which costs accuracy without any error message.
     """
-    pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    return _pixels(image, size, size, Image.Resampling.BILINEAR, mean, std)
+
+
+def preprocess_aspect(
+    image: Image.Image, *, shorter: int = 384, longer: int = 639, multiple: int = 32,
+    mean: float | Sequence[float] = 0.5, std: float | Sequence[float] = 0.5,
+) -> Tensor:  # fmt: skip
+    """A picture as ViLT's weights expect it (paper, 4.2), not squeezed, bicubic -> float32 (3, H, W) in [-1, 1].
+
+    The shorter side becomes `shorter` pixels, or less where the longer one would pass `longer`; then both are cut to
+    multiples of `multiple`, the patch side. The paper says at most 640, but the official code computes
+    int(1333 / 800 * 384) = 639, and so ends at 608. A side never gets shorter than one patch.
+    """
+    least = min(image.size)
+    sides = [float(shorter) if side == least else shorter / least * side for side in image.size]
+    if max(sides) > longer:  # in two steps, like the official code: at 2:1 the last digit decides about a patch
+        sides = [longer / max(sides) * side for side in sides]
+    width, height = (max(multiple, int(side + 0.5) // multiple * multiple) for side in sides)
+    return _pixels(image, width, height, Image.Resampling.BICUBIC, mean, std)
+
+
+def pad_pictures(pictures: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
+    """Pictures of different sizes as one batch: a list of (C, h, w) -> images (B, C, H, W), image_mask (B, H/P, W/P).
+
+    H and W are the largest of the list; what a smaller picture leaves on the right and at the bottom is 0, and False in
+    the mask that `ViLT.forward` wants. Raises ValueError if there is none, or one is not made of whole patches.
+    """
+    P = patch_size
+    if not pictures:
+        raise ValueError("there are no pictures to put into a batch: give at least one")
+    C = pictures[0].shape[0]
+    for picture in pictures:
+        if picture.ndim != 3 or picture.shape[0] != C or picture.shape[1] % P or picture.shape[2] % P:
+            raise ValueError(
+                f"a picture of shape {tuple(picture.shape)} does not fit: all must be ({C}, h, w) with sides of whole "
+                f"{P}-pixel patches, as preprocess_aspect(..., multiple={P}) makes them"
+            )
+    H, W = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    images = pictures[0].new_zeros(len(pictures), C, H, W)
+    image_mask = torch.zeros(len(pictures), H // P, W // P, dtype=torch.bool, device=images.device)
+    for b, picture in enumerate(pictures):
+        _, h, w = picture.shape
+        images[b, :, :h, :w] = picture
+        image_mask[b, : h // P, : w // P] = True
+    return images, image_mask
+
+
+def _pixels(
+    image: Image.Image, width: int, height: int, filter: Image.Resampling,
+    mean: float | Sequence[float], std: float | Sequence[float],
+) -> Tensor:  # fmt: skip
+    pixels = np.asarray(image.convert("RGB").resize((width, height), filter), dtype=np.float32) / 255
     pixels = (pixels - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-# --- ViT -------------------------------------------------------------------------------------------------------------
+# --- what the official ViT and ViLT share ----------------------------------------------------------------------------
 
 # Official name -> ours, applied in this order. Hub files and transformers v4 say encoder.layer.i, query, dense;
-# transformers v5 says layers.i, q_proj, fc1. A bare ViTModel lacks the prefix "vit.".
-VIT_NAMES = (
-    (r"^vit\.", ""),
+# transformers v5 says layers.i, q_proj, fc1 in its ViT, and still the old names in its ViLT.
+TRUNK_NAMES = (
     (r"^embeddings\.(cls_token)$", r"embed.\1"),
     (r"^embeddings\.position_embeddings$", "embed.pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "embed.patch_embed.proj."),
@@ -102,62 +155,159 @@ VIT_NAMES = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "encoder.norm."),
-    (r"^classifier\.", "head."),
 )
-# Parts of the official classes which are no part of the paper's fine-tuned classifier: the pooler is the tanh layer of
-# the pre-training head, the mask token belongs to masked-patch pre-training.
-VIT_UNUSED = (r"^(vit\.)?pooler\.", r"^(vit\.)?embeddings\.mask_token$")
 
 GELU_NAMES = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
-@loader("vit")
-def vit_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | None) -> ViT:
-    """The classes ViTForImageClassification and ViTModel -> our ViT."""
+def trunk_options(config: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
+    """The options which ViTConfig and ViLTConfig both have; the sizes given here hold where config.json names none."""
     width, hidden = _whole(config, "hidden_size", 768), _whole(config, "intermediate_size", 3072)
     if hidden % width:
         raise CheckpointError(
             f"its MLP is {hidden} wide, no whole multiple of hidden_size {width}: use a checkpoint where it is"
         )
-    act = config.get("hidden_act", "gelu")
-    if act not in GELU_NAMES:
-        raise CheckpointError(f"hidden_act is {act!r}: this ViT knows {', '.join(map(repr, GELU_NAMES))} only")
-
-    labels = _labels(config)
-    weights = rename(weights, VIT_NAMES, drop=VIT_UNUSED)
-    fresh_head = num_classes is not None or "head.weight" not in weights
-    if num_classes is None:
-        num_classes = len(labels) or 2  # num_labels 0: no head at all; fine-tuning chooses its own number
-    model = build(
-        ViT,
-        ViTConfig,
-        image_size=_side(config, "image_size", 224),
-        patch_size=_side(config, "patch_size", 16),
+    return dict(
+        image_size=_side(config, "image_size", image_size),
+        patch_size=_side(config, "patch_size", patch_size),
         channels=_whole(config, "num_channels", 3),
         width=width,
         depth=_whole(config, "num_hidden_layers", 12),
         heads=_whole(config, "num_attention_heads", 12),
         mlp_ratio=hidden // width,
-        num_classes=num_classes,
-        gelu=GELU_NAMES[act],
-        dropout=float(config.get("hidden_dropout_prob", 0.0)),  # asleep in eval mode; attention dropout we have none
-        eps=float(config.get("layer_norm_eps", 1e-12)),
+        dropout=_number(config, "hidden_dropout_prob", 0.0),  # asleep in eval mode; attention dropout we have none
+        eps=_number(config, "layer_norm_eps", 1e-12),
     )
-    own = model.state_dict()
-    if fresh_head:
-        weights |= {name: own[name] for name in ("head.weight", "head.bias")}
-    if (kernel := weights.get("embed.patch_embed.proj.weight")) is not None:
-        weights["embed.patch_embed.proj.weight"] = kernel.flatten(1)  # convolution kernel (D, C, P, P) -> (D, C*P*P)
-    for block in (f"encoder.blocks.{i}.attn" for i in range(model.config.depth)):
+
+
+def join_trunk(weights: Weights, config: dict[str, Any], *, width: int, depth: int, patches: str) -> Weights:
+    """The renamed weights with those of the patches (module `patches`), keys and values in our shapes."""
+    weights = dict(weights)
+    kernel = weights.get(f"{patches}.proj.weight")
+    if kernel is not None and kernel.ndim == 4:
+        weights[f"{patches}.proj.weight"] = kernel.flatten(1)  # convolution kernel (D, C, P, P) -> (D, C*P*P)
+    for block in (f"encoder.blocks.{i}.attn" for i in range(depth)):
         if not config.get("qkv_bias", True):
             weights |= {f"{block}.{part}.bias": torch.zeros(width) for part in "qkv"}
         for kind in ("weight", "bias"):  # our keys and values share one matrix: keys first
             pair = [weights.pop(f"{block}.{part}.{kind}", None) for part in "kv"]
             if all(tensor is not None for tensor in pair):
-                weights[f"{block}.kv.{kind}"] = torch.cat(pair)
-    fill(model, weights)
+                weights[f"{block}.kv.{kind}"] = _join(f"{block}.kv.{kind}", pair)
+    return weights
+
+
+# --- ViT -------------------------------------------------------------------------------------------------------------
+
+# A bare ViTModel lacks the prefix "vit.".
+VIT_NAMES = ((r"^vit\.", ""), *TRUNK_NAMES, (r"^classifier\.", "head."))
+# Parts of the official classes which are no part of the paper's fine-tuned classifier: the pooler is the tanh layer of
+# the pre-training head, the mask token belongs to masked-patch pre-training.
+VIT_UNUSED = (r"^(vit\.)?pooler\.", r"^(vit\.)?embeddings\.mask_token$")
+
+
+@loader("vit")
+def vit_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | None) -> ViT:
+    """The classes ViTForImageClassification and ViTModel -> our ViT. Without a head of its own it gets one of zeros."""
+    options = trunk_options(config, image_size=224, patch_size=16)
+    gelu = _gelu(config, "exact", "tanh")
+    labels = _labels(config)
+    weights = rename(weights, VIT_NAMES, drop=VIT_UNUSED)
+    fresh_head = num_classes is not None or "head.weight" not in weights
+    if num_classes is None:
+        num_classes = len(labels) or 2  # num_labels 0: no head at all; fine-tuning chooses its own number
+    model = build(ViT, ViTConfig, num_classes=num_classes, gelu=gelu, **options)
+    weights = join_trunk(weights, config, width=model.config.width, depth=model.config.depth,
+                         patches="embed.patch_embed")  # fmt: skip
+    fill(model, weights, fresh=("head",) if fresh_head else ())
     model.labels = () if fresh_head else labels
     return model
+
+
+# --- ViLT ------------------------------------------------------------------------------------------------------------
+
+# A bare ViltModel lacks the prefix "vilt.". Older versions of transformers keep the bias of the MLM head's last layer
+# as mlm_score.bias, or under both names.
+VILT_NAMES = (
+    (r"^vilt\.", ""),
+    *TRUNK_NAMES,
+    (r"^embed\.", "embed.image."),
+    (r"^embeddings\.text_embeddings\.word_embeddings\.", "embed.text.word."),
+    (r"^embeddings\.text_embeddings\.position_embeddings\.", "embed.text.position."),
+    (r"^embeddings\.text_embeddings\.token_type_embeddings\.", "embed.text.segment."),
+    (r"^embeddings\.text_embeddings\.LayerNorm\.", "embed.text.norm."),
+    (r"^embeddings\.token_type_embeddings\.", "embed.types."),
+    (r"^pooler\.dense\.", "pooler."),
+    (r"^mlm_score\.transform\.dense\.", "mlm_head.dense."),
+    (r"^mlm_score\.transform\.LayerNorm\.", "mlm_head.norm."),
+    (r"^mlm_score\.(?:decoder\.)?(weight|bias)$", r"mlm_head.decoder.\1"),
+    (r"^rank_output\.", "rank."),
+    (r"^classifier\.(\d+)\.", r"answer_head.\1."),
+)
+VILT_UNUSED = (r"text_embeddings\.(position_ids|token_type_ids)$",)  # older versions save the numbers 0, 1, 2, ...
+
+
+@loader("vilt")
+def vilt_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | None) -> ViLT:
+    """ViltModel, ViltForMaskedLM, ViltForQuestionAnswering and ViltForImageAndTextRetrieval -> our ViLT.
+
+    No official class has all of our heads. Those it lacks keep random starting values and stand in `model.fresh`:
+    "itm_head", "mlm_head", and "answer_head" if `num_classes` asks for a new one. Without `num_classes` only a
+    checkpoint for questions has an answer head, with the answers in `model.labels`.
+
+    The retrieval head gives one score s, trained to rank the captions of a picture (paper, 4.3). It becomes our
+    `itm_head` with the scores (0, s): the difference of the two is s, as with a trained `itm_head`. Only the order of
+    pairs means something, softmax gives no honest probability of a match.
+
+    The segment vector of BERT, the same for every token, is added to the text positions. An MLM head without an output
+    matrix of its own shares the word table in transformers; ours gets a copy, so that training moves them apart.
+    Patches are never sampled, whatever `max_image_length` says.
+    """
+    options = trunk_options(config, image_size=384, patch_size=32)
+    _gelu(config, "exact")
+    if (types := _whole(config, "modality_type_vocab_size", 2)) < 2:
+        raise CheckpointError("modality_type_vocab_size is 1 where text and pictures need one each: choose another")
+    weights = rename(weights, VILT_NAMES, drop=VILT_UNUSED)
+    weights = join_trunk(weights, config, width=options["width"], depth=options["depth"],
+                         patches="embed.image.patch_embed")  # fmt: skip
+    if rank := {kind: weights.pop(f"rank.{kind}") for kind in ("weight", "bias") if f"rank.{kind}" in weights}:
+        weights |= {f"itm_head.{k}": _join(f"itm_head.{k}", [torch.zeros_like(t), t]) for k, t in rank.items()}
+    _fold_segment(weights)
+    parts = {name.partition(".")[0] for name in weights}
+    if "mlm_head" in parts and "embed.text.word.weight" in weights and config.get("tie_word_embeddings", True):
+        weights.setdefault("mlm_head.decoder.weight", weights["embed.text.word.weight"])
+    own_answers = num_classes is None and "answer_head" in parts
+    if own_answers and _whole(config, "num_images", 1, lowest=-1) > 1:
+        raise CheckpointError(
+            "its classifier reads several pictures at once (NLVR2): load it with num_classes=... for a new one that "
+            "reads one, or choose another checkpoint"
+        )
+    labels = _labels(config) if own_answers else ()
+    model = build(
+        ViLT, ViLTConfig, **options, text_eps=options["eps"], modality_types=types,
+        vocab_size=_whole(config, "vocab_size", 30522), max_text=_whole(config, "max_position_embeddings", 40),
+        answers=len(labels) if own_answers else num_classes or 0,
+    )  # fmt: skip
+    fresh = tuple(head for head in ("itm_head", "mlm_head") if head not in parts)
+    fill(model, weights, fresh=(*fresh, "answer_head") if num_classes else fresh)
+    model.labels = labels
+    return model
+
+
+def _fold_segment(weights: Weights) -> None:
+    """Add the first segment vector to each text position: `TextEmbeddings` has none."""
+    segment, position = weights.pop("embed.text.segment.weight", None), weights.get("embed.text.position.weight")
+    if segment is None:
+        raise CheckpointError(
+            "it lacks BERT's segment vectors (text_embeddings.token_type_embeddings.weight): the file is incomplete, "
+            "download it again"
+        )
+    if position is not None:
+        if segment.ndim != 2 or position.ndim != 2 or segment.shape[1] != position.shape[1] or not len(segment):
+            raise CheckpointError(
+                f"its segment vectors {tuple(segment.shape)} and text positions {tuple(position.shape)} do not fit "
+                "together: download it again"
+            )
+        weights["embed.text.position.weight"] = position.float() + segment[0].float()
 
 
 # --- helpers for every loader ----------------------------------------------------------------------------------------
@@ -172,8 +322,10 @@ def rename(weights: Weights, names: Sequence[tuple[str, str]], *, drop: Sequence
         name = official
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise CheckpointError(f"it holds {name!r} twice, under an old and a new name: save it again in one format")
+        if name in renamed and not torch.equal(renamed[name], tensor):
+            raise CheckpointError(
+                f"it holds {name!r} twice, under two names and with different numbers: save it again in one format"
+            )
         renamed[name] = tensor
     return renamed
 
@@ -186,9 +338,13 @@ def build(model_class: type[nn.Module], config_class: type, **options: Any) -> A
         raise CheckpointError(f"config.json asks for an impossible model ({error}): download it again") from error
 
 
-def fill(model: nn.Module, weights: Weights) -> None:
-    """Copy `weights` into `model`; raises CheckpointError unless names and shapes agree exactly."""
+def fill(model: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> None:
+    """Copy `weights` into `model`; raises CheckpointError unless names and shapes agree exactly.
+
+    The parts named in `fresh` stay as they are, whatever `weights` says of them, and are noted as `model.fresh`.
+    """
     own = model.state_dict()
+    weights = weights | {name: tensor for name, tensor in own.items() if name.partition(".")[0] in fresh}
     if missing := sorted(own.keys() - weights.keys()):
         raise CheckpointError(
             f"it lacks {_some(missing)}: the file is incomplete or config.json belongs to another model; "
@@ -206,6 +362,7 @@ def fill(model: nn.Module, weights: Weights) -> None:
             f"({len(wrong)} such tensor{'s' * (len(wrong) > 1)}): use the config.json that belongs to these weights"
         )
     model.load_state_dict(weights)  # copies, and turns half precision into the model's float32
+    model.fresh = fresh
 
 
 def _some(names: Sequence[str]) -> str:
@@ -213,11 +370,35 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _whole(config: dict[str, Any], key: str, default: int) -> int:
+def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of all tensors in one."""
+    if any(tensor.ndim == 0 or tensor.shape != tensors[0].shape for tensor in tensors):
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise CheckpointError(f"the parts of {name} have shapes {shapes}, which do not fit together: download it again")
+    return torch.cat(list(tensors))
+
+
+def _gelu(config: dict[str, Any], *kinds: str) -> str:
+    act, known = config.get("hidden_act", "gelu"), [name for name, kind in GELU_NAMES.items() if kind in kinds]
+    if act not in known:
+        raise CheckpointError(f"hidden_act is {act!r}: this model knows {', '.join(map(repr, known))} only")
+    return GELU_NAMES[act]
+
+
+def _whole(config: dict[str, Any], key: str, default: int, *, lowest: int = 1) -> int:
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json says {key}={value!r} where a whole number >= 1 belongs: download it again")
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise CheckpointError(
+            f"config.json says {key}={value!r} where a whole number >= {lowest} belongs: download it again"
+        )
     return value
+
+
+def _number(config: dict[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        raise CheckpointError(f"config.json says {key}={value!r} where a number >= 0 belongs: download it again")
+    return float(value)
 
 
 def _side(config: dict[str, Any], key: str, default: int) -> int:

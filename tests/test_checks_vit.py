@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
-import re
-import time
 from collections.abc import Callable
 
+import check_helpers as helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from minivlp.checks import CheckFailed
 from minivlp.checks import vit as checks
 from minivlp.checks.core import Attempt, Slip, variants
-from minivlp.notebooks import LESSONS, files
+
+LESSON = "01_vit.ipynb"
 
 # ---------------------------------------------------------------------------------------------- right answers
 
@@ -149,10 +147,7 @@ NAMES = sorted({name for name, _ in RIGHT})
 
 @pytest.mark.parametrize(("name", "answer"), RIGHT, ids=[f.__name__ for _, f in RIGHT])
 def test_a_right_answer_passes_with_one_line_and_in_a_second(name, answer, capsys):
-    start = time.perf_counter()
-    assert getattr(checks, name)(answer) is None
-    assert time.perf_counter() - start < 1
-    assert re.fullmatch(rf"✓ {name}: right.*\n", capsys.readouterr().out)
+    helpers.passes_with_one_line_and_in_a_second(checks, name, answer, capsys)
 
 
 # --------------------------------------------------------------------------------------------- seeded mistakes
@@ -400,71 +395,31 @@ CASES = [(name, words, answer) for name, cases in MISTAKES.items() for words, an
 
 @pytest.mark.parametrize(("name", "words", "answer"), CASES, ids=[f"{name}: {words}" for name, words, _ in CASES])
 def test_a_seeded_mistake_is_named(name, words, answer, capsys):
-    with pytest.raises(CheckFailed, match=f"(?is)^{name}: .*{words}") as caught:
-        getattr(checks, name)(answer)
-    # One mistake must not be taken for two, nor two for one.
-    assert ("mistakes at once" in str(caught.value)) == ("2 mistakes" in words)
-    assert capsys.readouterr().out == ""
+    helpers.is_named(checks, name, words, answer, capsys)
 
 
 def test_every_slip_that_a_check_knows_is_seeded_here():
-    """A message that no test provokes may be one that cannot come."""
-    for name, slips in {
+    known = {
         "sequence_length": checks._LENGTH_SLIPS,
         "mean_pool": checks._POOL_SLIPS,
         "attention_rollout": checks._ROLLOUT_SLIPS,
         "sincos_2d": checks._SINCOS_SLIPS,
-    }.items():
-        heard = []
-        for _, answer in MISTAKES[name]:
-            with pytest.raises(CheckFailed) as caught:
-                getattr(checks, name)(answer)
-            heard.append(str(caught.value))
-        silent = [slip.message for slip in slips if not any(slip.message in said for said in heard)]
-        assert not silent, silent
+    }
+    helpers.every_slip_is_seeded(checks, known, MISTAKES)
 
 
 # ------------------------------------------------------------------------------------------ answers of any kind
 
 
-def stub(*args, **options):
-    raise NotImplementedError()
-
-
-def crash(*args, **options):
-    return args[0].no_such_thing
-
-
-def torch_complains(*args, **options):
-    return torch.zeros(2, dtype=torch.bool).sort().values @ torch.zeros(3, dtype=torch.bool)
-
-
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("words", "answer"),
-    [
-        ("not done yet", stub),
-        ("returned None: is the `return` missing", lambda *args, **options: None),
-        (r"stopped with AttributeError: .*no_such_thing.*in line \d+: return args\[0\].no_such_thing", crash),
-        ("your function stopped with", torch_complains),
-        ("could not be called: .*Keep the names", lambda: 1),
-        ("must be|return two things", lambda *args, **options: "garbage"),
-        ("must be|return two things|should be|wrong shape", lambda *args, **options: [3.5, 4.5]),
-        ("must be|wrong shape|return two things", lambda *args, **options: torch.randn(5, 5)),
-        ("must be|return two things|not finite", lambda *args, **options: float("inf")),
-        ("must be|return two things|should be", lambda *args, **options: True),
-        ("torch.Tensor|must be", lambda *args, **options: (1, 2)),
-    ],
-)
+@pytest.mark.parametrize(("words", "answer"), helpers.NO_ANSWERS)
 def test_what_is_no_answer_is_explained(name, words, answer):
-    with pytest.raises(CheckFailed, match=f"(?s)^{name}: .*({words})"):
-        getattr(checks, name)(answer)
+    helpers.is_explained(checks, name, words, answer)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_instead_of_a_function_is_sent_back(name):
-    with pytest.raises(CheckFailed, match=f"hand over the function itself, `checks.{name}\\({name}\\)`, not an int"):
-        getattr(checks, name)(196)
+    helpers.a_value_is_sent_back(checks, name)
 
 
 @pytest.mark.parametrize("name", ["mean_pool", "attention_rollout", "sincos_2d", "mask_patches"])
@@ -483,36 +438,14 @@ def test_random_numbers_of_the_right_shape_do_not_pass(name):
 # ------------------------------------------------------------------------------------------------ good manners
 
 
-def noisy(answer: Callable) -> Callable:
-    """The same answer from a function that also draws from every global generator."""
-
-    def drawing(*args, **options):
-        torch.rand(3), np.random.rand(3), random.random()
-        return answer(*args, **options)
-
-    return drawing
-
-
-@pytest.mark.parametrize(("name", "answer"), [*RIGHT[::2], ("mask_patches", stub)])
+@pytest.mark.parametrize(("name", "answer"), [*RIGHT[::2], ("mask_patches", helpers.stub)])
 def test_global_random_states_are_left_as_they_were(name, answer):
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    try:
-        getattr(checks, name)(noisy(answer))
-    except CheckFailed:
-        assert answer is stub
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()
-    assert random.getstate() == before[2]
+    helpers.leaves_global_random_states(checks, name, answer)
 
 
 def test_the_verdict_does_not_depend_on_the_global_state(capsys):
-    lines = set()
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        checks.mask_patches(masking)
-        lines.add(capsys.readouterr().out)
-    assert len(lines) == 1
-    assert "50% chosen, of these 80% masked, 10% exchanged, 10% kept" in lines.pop()
+    verdict = helpers.verdict_under_any_global_state(checks, "mask_patches", masking, capsys)
+    assert "50% chosen, of these 80% masked, 10% exchanged, 10% kept" in verdict
 
 
 def test_checks_run_where_gradients_are_off():
@@ -547,37 +480,13 @@ def test_a_failure_is_an_assertion_and_names_the_exercise():
 # ------------------------------------------------------------------------------------------------- the lesson
 
 
-def exercise_cells() -> list[tuple[str, str, str]]:
-    """(grade_id, solution, check) of each exercise of the lesson."""
-    cells = files.read(LESSONS / "01_vit.ipynb").cells
-    by_id = {cell.metadata.nbgrader.grade_id: cell.source for cell in cells if "nbgrader" in cell.metadata}
-    return [(name, by_id[name], by_id[f"{name}-check"]) for name in sorted(by_id) if not name.endswith("-check")]
-
-
-def in_lesson(*cells: str) -> None:
-    scope = {"torch": torch, "F": F, "nn": nn, "checks": checks}
-    for cell in cells:
-        exec(compile(cell, "<cell>", "exec"), scope)
-
-
 def test_the_lesson_has_an_exercise_for_every_check():
-    called = [re.fullmatch(r"checks\.(\w+)\((\w+)\)", check).groups() for _, _, check in exercise_cells()]
-    assert all(first == second for first, second in called)
-    assert sorted(name for name, _ in called) == NAMES
+    helpers.has_an_exercise_for_every_check(LESSON, NAMES)
 
 
 def test_the_lessons_own_solutions_pass(capsys):
-    exercises = exercise_cells()
-    for _, solution, check in exercises:
-        in_lesson(solution, check)
-    assert capsys.readouterr().out.count("✓") == len(exercises) == 5
+    helpers.solutions_pass(checks, LESSON, capsys)
 
 
 def test_without_its_solution_an_exercise_is_not_done_yet():
-    exercises = exercise_cells()
-    assert exercises
-    for _, solution, check in exercises:
-        blank = re.sub(r"(?s)### BEGIN SOLUTION.*### END SOLUTION", "raise NotImplementedError()", solution)
-        assert blank != solution
-        with pytest.raises(CheckFailed, match="not done yet"):
-            in_lesson(blank, check)
+    helpers.is_not_done_without_solutions(checks, LESSON)

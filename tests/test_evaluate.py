@@ -14,6 +14,7 @@ from minivlp.data import Tokenizer
 from minivlp.evaluate import (
     accuracy,
     attention_distance,
+    attention_shares,
     cloze,
     cloze_accuracy,
     confusion,
@@ -287,3 +288,13 @@ def test_filled_in_words_are_read_at_the_hidden_places_alone():
     assert words == ["cottage", "dog"]
     assert cloze_accuracy(made, words) == 0.5  # a cottage is a house; a dog is no cat
     assert cloze_accuracy(made, ["house", "kitten"]) == 1.0
+
+
+def test_attention_shares_by_hand_and_without_padded_askers():
+    weights = torch.zeros(1, 2, 5, 5)  # 3 words, the last one padding, and 2 image tokens
+    weights[:, 0, 0, 0] = weights[:, 1, 0, 3] = 1.0  # one head stays with the text, the other crosses over
+    weights[:, :, 1] = torch.tensor([0.25, 0.0, 0.0, 0.25, 0.5])
+    weights[:, :, 2, 4] = 1.0  # the padded token looks at the picture alone, and must not count
+    weights[:, :, 3, 1] = weights[:, :, 4, 4] = 1.0
+    shares = attention_shares(weights, torch.tensor([[True, True, False]]))
+    assert torch.allclose(shares, torch.tensor([0.375, 0.625, 0.5, 0.5]))

@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minivlp import bench
-from minivlp.models.vit import ViTConfig
 from minivlp.pretrained import from_hf
 
 transformers = pytest.importorskip("transformers")
@@ -205,67 +203,3 @@ def test_half_precision_becomes_float32(tmp_path):
     images = pictures(theirs)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     assert_close(ours(images)[0], theirs(images).logits)
-
-
-# --- the benchmark compares like with like ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def row(monkeypatch):
-    config = ViTConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, num_classes=5)
-    batch = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
-    row = bench.Row(
-        name="tiny",
-        title="a tiny ViT",
-        contenders=lambda: bench.vit_contenders(config),
-        batch=lambda: batch,
-        loss=lambda logits, batch: torch.nn.functional.cross_entropy(logits, batch[1]),
-    )
-    monkeypatch.setattr(bench, "ROWS", [row])
-    return row
-
-
-def test_contenders_take_the_same_training_step(row):
-    batch, contenders = row.batch(), row.contenders()
-    assert len(contenders) == 4 and len({id(contender.model) for contender in contenders}) == 4
-    counts = {sum(p.numel() for p in contender.model.parameters()) for contender in contenders}
-    assert len(counts) == 1
-    before = contenders[0].outputs(batch).detach()
-    for _ in range(3):
-        for contender in contenders:
-            bench.stepper(row, contender, batch)()
-    after = [contender.outputs(batch).detach() for contender in contenders]
-    assert (after[0] - before).abs().max() > 1e-3  # it did train
-    for other in after[1:]:
-        torch.testing.assert_close(other, after[0], rtol=0, atol=1e-4)
-
-
-def test_bench_refuses_unequal_contenders(row):
-    contenders = row.contenders()
-    assert bench.check_equal(row, contenders, row.batch()) < 1e-5
-    with torch.no_grad():
-        contenders[2].model.cls_token.add_(torch.randn_like(contenders[2].model.cls_token))
-    with pytest.raises(RuntimeError, match="tiny: the contenders differ by"):
-        bench.check_equal(row, contenders, row.batch())
-
-
-def test_bench_prints_its_table(row, capsys):
-    threads = torch.get_num_threads()
-    try:
-        bench.main(["--rounds", "1", "--rows", "tin", "--cpu-time"])
-    finally:
-        torch.set_num_threads(threads)
-    lines = capsys.readouterr().out.splitlines()
-    assert "a tiny ViT" in lines and len(lines) == 1 + 1 + 1 + 1 + 4
-    assert lines[4].split()[-1] == "1.00" and "every token" in lines[4]
-    with pytest.raises(SystemExit):
-        bench.main(["--rows", "nothing"])
-    assert "there are tiny" in capsys.readouterr().err
-
-
-def test_bench_runs_without_transformers(row, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "transformers_installed", lambda: False)
-    bench.main(["--rounds", "1"])
-    out = capsys.readouterr().out
-    assert "transformers is not installed" in out and "ViTForImageClassification" not in out
-    assert "torch.nn.TransformerEncoder" in out

@@ -136,6 +136,7 @@ def test_no_qkv_bias_becomes_zero(tmp_path):
 def test_new_head_of_any_size(folder):
     model = from_hf(folder, num_classes=5)
     assert model.head.weight.shape == (5, D) and not model.head.weight.any() and model.labels == ()
+    assert model.fresh == ("head",) and from_hf(folder).fresh == ()
     own = official_weights()["vit.layernorm.weight"]
     assert torch.equal(model.encoder.norm.weight, own)
 

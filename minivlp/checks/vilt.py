@@ -92,9 +92,10 @@ _JOIN_SLIPS = [
     Slip("marks", "by pair", "the types are dealt out to the pairs of the batch, not to the modalities. types[0] is "
          "one vector (D): add it to every text token, and types[1] to every image token."),
     Slip("how", "multiply", "you multiply by the types. Add them, like positions."),
-    Slip("order", "image first", "the image stands first. ViLT puts the text first, so that token 0 is its class token."),
-    Slip("norm", "all", "you normalise the joined tokens. In ViLT only the text is normalised, and that is done already; "
-         "the blocks normalise whatever they read."),
+    Slip("order", "image first", "the image stands first. ViLT puts the text first, so that token 0 is its class "
+         "token."),
+    Slip("norm", "all", "you normalise the joined tokens. In ViLT only the text is normalised, and that is done "
+         "already; the blocks normalise whatever they read."),
     Slip("norm", "text", "you normalise the text a second time: it comes normalised. Only add its type."),
     Slip("norm", "text after", "the text's LayerNorm comes after its type here. It has been applied already, and the "
          "type is added last, so that nothing distorts it."),
@@ -190,7 +191,7 @@ def _long(groups: Tensor, pieces: Tensor) -> Tensor:
 
 def _each_word_alike(attempt: Attempt, pieces: Tensor, hit: Tensor) -> None:
     """Fail unless each word meets the same luck, alone: `pieces` (B, W) of each word (0: no word), `hit` (B, W)."""
-    B, W = pieces.shape
+    W = pieces.shape[1]
     exists = pieces > 0
     counts, words = hit.sum(1), exists.sum(1)  # (B,)
     by_number = hit.sum(0) / exists.sum(0)  # (W,)
@@ -252,8 +253,8 @@ def _word_shares(attempt: Attempt, rare: float, often: float, words: int, *, alw
         return
     if near(rare, 0.85) and near(often, 0.6):
         attempt.fail(
-            "words are chosen with probability 1 - share. A random number of [0, 1) lies *below* share with probability "
-            "share: use <, not >."
+            "words are chosen with probability 1 - share. A random number of [0, 1) lies *below* share with "
+            "probability share: use <, not >."
         )
     if near(rare, often):
         attempt.fail(
@@ -345,8 +346,8 @@ def _labels(attempt: Attempt, partner: Tensor, match: Tensor) -> None:
         )
     if counts.min() < counts.max() and abs(counts.float().mean() / n - 0.5) < 0.05:
         attempt.fail(
-            f"half of the pairs match on average, but from {counts.min()} to {counts.max()} of {n}: you toss a coin for "
-            "each. Wanted is exactly half, at random places: torch.randperm."
+            f"half of the pairs match on average, but from {counts.min()} to {counts.max()} of {n}: you toss a coin "
+            "for each. Wanted is exactly half, at random places: torch.randperm."
         )
     attempt.fail(f"{counts.float().mean():.3g} of {n} pairs match on average. Wanted is half of them, {n // 2}.")
 
@@ -414,9 +415,9 @@ def _partners(attempt: Attempt, partner: Tensor, match: Tensor) -> None:
     if (steps - fair).abs().max() > luck:
         most = int(steps.argmax()) + 1
         attempt.fail(
-            f"the picture {most} further on is drawn {steps.max():.0%} of the time, and each of the n - 1 others should "
-            f"be {fair:.0%} of the time (n = {n}). Do you give it to those that have drawn their own? Draw among the "
-            "others from the start."
+            f"the picture {most} further on is drawn {steps.max():.0%} of the time, and each of the n - 1 others "
+            f"should be {fair:.0%} of the time (n = {n}). Do you give it to those that have drawn their own? Draw "
+            "among the others from the start."
         )
     mine, theirs = other.nonzero()[:, 1], donor.flatten()
     table = torch.bincount(mine * n + theirs, minlength=n * n).view(n, n) / torch.bincount(mine, minlength=n)[:, None]
@@ -503,8 +504,8 @@ def _two(row: Tensor) -> str:
 _MASS_SLIPS = [
     Slip("askers", "all", "the padded tokens ask, too. They look somewhere like the others, but nobody reads what they "
          "find: leave out the text tokens where text_mask is False."),
-    Slip("askers", "padding as zero", "you set the rows of padded tokens to 0, but still divide by their number. Divide "
-         "by the number of real asking tokens."),
+    Slip("askers", "padding as zero", "you set the rows of padded tokens to 0, but still divide by their number. "
+         "Divide by the number of real asking tokens."),
     Slip("askers", "class tokens", "only the two class tokens ask here. Average over all real tokens."),
     Slip("mean", "per picture", "you average within each text first, then over the batch: a token of a short text then "
          "counts more. Take one mean over all asking tokens of the batch."),
@@ -559,9 +560,15 @@ def sinkhorn(attempt: Attempt) -> str:
                 "-C * epsilon": (-C * epsilon).exp(),
                 "-C": (-C).exp(),
             }[kernel]
-            a, b = {"1/m, 1/n": (1 / m, 1 / n), "1": (1, 1), "swapped": (1 / n, 1 / m), "1/mn": (1 / (m * n),) * 2}[weights]
+            a, b = {
+                "1/m, 1/n": (1 / m, 1 / n),
+                "1": (1, 1),
+                "swapped": (1 / n, 1 / m),
+                "1/mn": (1 / (m * n), 1 / (m * n)),
+            }[weights]
             u, v = torch.ones(m, dtype=C.dtype), torch.ones(n, dtype=C.dtype)
-            for _ in range({"all": iterations, "one more": iterations + 1, "one less": iterations - 1, "one": 1}[rounds]):
+            count = {"all": iterations, "one": 1, "one more": iterations + 1, "one less": iterations - 1}[rounds]
+            for _ in range(count):
                 if update == "v, u":
                     v = b / (u @ K)
                 if update == "at once":
@@ -576,10 +583,11 @@ def sinkhorn(attempt: Attempt) -> str:
                 "cost * plan": C * P, "K": K,
             }[read].float()  # fmt: skip
 
-        sums = answer.sum(1), answer.sum(0)
+        columns = answer.sum(0)
         detail = ""
-        if (sums[1] - 1 / n).abs().max() > 1e-4:
-            detail = f"Every column must sum to 1/n = {1 / n:.4f}; yours sum to {sums[1].min():.4f} .. {sums[1].max():.4f}."
+        if (columns - 1 / n).abs().max() > 1e-4:
+            least, most = columns.min(), columns.max()
+            detail = f"Every column must sum to 1/n = {1 / n:.4f}; yours sum to {least:.4f} .. {most:.4f}."
         attempt.compare(answer, plan(), variants(plan, _SINKHORN_SLIPS), atol=1e-6, detail=detail)
     return f"right for {', '.join(f'{m}x{n}' for m, n, *_ in settings)}"
 
@@ -598,8 +606,8 @@ _SINKHORN_SLIPS = [
     Slip("rounds", "one", "you update u and v once only: repeat it `iterations` times."),
     Slip("rounds", "one more", "that is one round too many."),
     Slip("rounds", "one less", "that is one round too few."),
-    Slip("update", "v, u", "you update v first. Here u comes first, then v with the new u, so that the columns are exact "
-         "in the end."),
+    Slip("update", "v, u", "you update v first. Here u comes first, then v with the new u, so that the columns are "
+         "exact in the end."),
     Slip("update", "at once", "you update v with the u of the round before. Compute u first, then v from the new u."),
     Slip("update", "u", "v is never updated: the rows have the right sums, the columns have not. (One such step is a "
          "softmax over each row, divided by m.)"),
