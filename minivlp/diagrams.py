@@ -38,8 +38,8 @@ alt_text = {
     "norm_placement": "Pre-norm and post-norm blocks side by side: in pre-norm the LayerNorms stand inside the "
     "branches and the stream itself is never normalised; in post-norm they stand on the stream after each addition.",
     "course_map": "Four architectures with ViT, which reads pictures alone, as their root. Single stream: ViLT. Dual "
-    "stream: LXMERT and ViLBERT, built in lesson 02 to compare. Dual encoder: CLIP and FLIP. Fusion + dual, both routes "
-    "in one model: ALBEF, VLMo, BLIP and BLIP-2. Arrows say what each takes from an earlier lesson.",
+    "stream: LXMERT and ViLBERT, built in lesson 02 to compare. Dual encoder: CLIP and FLIP. Fusion + dual, both "
+    "routes in one model: ALBEF, VLMo, BLIP and BLIP-2. Arrows say what each takes from an earlier lesson.",
     "family_map": "Four families by the size of their parts: (a) a large visual embedder, a smaller textual one, "
     "little interaction; (b) two equal embedders and little interaction, as in CLIP; (c) a heavy visual embedder and a "
     "deep interaction; (d) small embedders and nearly everything in the interaction, as in ViLT.",

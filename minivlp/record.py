@@ -286,7 +286,6 @@ COLUMNS = {  # of the board: key -> heading
 CHANCE = {"R@1 text to image": "0.001", "R@1 image to text": "0.001", "zero-shot kind": "0.083",
           "attribute swap": "0.5", "order swap": "0.5"}  # fmt: skip
 ALONE = "VQA, question alone"  # what `BOARD` calls the baseline that stands where chance would
-CLOCKED = ("training seconds", "ms for 1,000 x 1,000 pairs")
 DASH = "–"
 
 Source = str | tuple[str, str, str]
@@ -309,7 +308,7 @@ def number(recorded: Recorded, source: Source | None) -> str:
         value = {**recorded.facts, **recorded.timings}.get(source)
         return DASH if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
     try:
-        return DASH if source is None else recorded.summary(*source)
+        return recorded.summary(*source) if source is not None and recorded.values(*source) else DASH
     except KeyError:
         return DASH
 
@@ -334,7 +333,8 @@ def board() -> str:
         sources = getattr(lesson, "BOARD", {})
         asked = number(recorded, sources.get(ALONE))
         if asked != DASH and "VQA" not in chance:
-            chance["VQA"] = noted(asked, f"Not chance: {model_name(lesson)} tuned on the questions alone, without pictures.")
+            alone = f"Not chance: {model_name(lesson)} tuned on the questions alone, without pictures."
+            chance["VQA"] = noted(asked, alone)
     rows.append(["chance", DASH, *(chance.get(key, DASH) for key in COLUMNS)])
     for lesson, recorded in lessons.values():
         sources, remarks = getattr(lesson, "BOARD", {}), getattr(lesson, "NOTES", {})
@@ -343,8 +343,8 @@ def board() -> str:
             cell = number(recorded, sources.get(key))
             # A dash with a source waits for its number: how that is measured does not explain it.
             cells.append(cell if cell == DASH and key in sources else noted(cell, remarks.get(key, "")))
-        rows.append([f"**{model_name(lesson)}**", seeds_of(recorded, [sources[key] for key in COLUMNS if key in sources]),
-                     *cells])  # fmt: skip
+        seeds = seeds_of(recorded, [sources[key] for key in COLUMNS if key in sources])
+        rows.append([f"**{model_name(lesson)}**", seeds, *cells])
     lines = ["| model | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     machines = {}
@@ -353,7 +353,7 @@ def board() -> str:
             machines.setdefault(recorded.clocked, []).append(model_name(lesson))
     below = [f"<sup>{n}</sup> {note}" for note, n in notes.items()]
     below += [f"Times of {', '.join(names)}: {machine}." for machine, names in machines.items()]
-    return "\n".join(lines + ["", "<br>\n".join(below)] if below else lines)
+    return "\n".join([*lines, "", "<br>\n".join(below)] if below else lines)
 
 
 def headline(name: str) -> str:
@@ -396,12 +396,12 @@ def filled(text: str, page: str = "README.md") -> str:
 
 def board_page() -> str:
     """What data/scoreboard.md says."""
-    return f"""# Scoreboard
-
-Every model of the course so far on the same test split of the picture book (normal tier). Mean ± standard deviation over seeds, from the runs in [recorded](recorded); a dash where there is no number. Written by `python -m minivlp.record --boards`: edit the runs' recipes, not this page.
-
-{board()}
-"""
+    words = (
+        "Every model of the course so far on the same test split of the picture book (normal tier). Mean ± standard "
+        "deviation over seeds, from the runs in [recorded](recorded); a dash where there is no number. This page is "
+        "written by `python -m minivlp.record --boards`, so do not edit it."
+    )
+    return f"# Scoreboard\n\n{words}\n\n{board()}\n"
 
 
 def write_boards() -> list[Path]:

@@ -107,7 +107,7 @@ def test_pair_batch():
     assert torch.equal(same, match == 1) and match.sum() == 32
 
 
-def test_the_short_way_computes_less(monkeypatch):
+def test_the_short_way_computes_less():
     """`rows=` leaves tokens out of the last block: of L + 1 + N only L words for the MLM pass and one for matching."""
     row, seen = tiny_vilt(), {}
     for contender in row.contenders()[:2]:
