@@ -174,7 +174,7 @@ def test_pictures_of_different_sizes(sizes, tmp_path):
         n = h * w // 64  # the official output has its real patches first, copies of padding behind
         assert_same_rows(named["image"][b, 1:][image_mask[b].flatten()], states.last_hidden_state[b, 10 : 10 + n])
 
-    # Padding changes nothing, and taking it for picture would; so would positions that were not stretched.
+    # Padding changes nothing; taking it for picture would, and so would other positions.
     for b, picture in enumerate(batch):
         alone, whole = pad_pictures([picture], 8)
         assert_close(ours(alone, ids[b : b + 1], mask[b : b + 1], image_mask=whole)[0], pooled[b : b + 1])
@@ -184,8 +184,7 @@ def test_pictures_of_different_sizes(sizes, tmp_path):
     everywhere = ours(images, ids, mask, image_mask=torch.ones_like(image_mask))[0]
     assert not padded.any() or ((everywhere - pooled).abs().amax(dim=1) > 100 * TOLERANCE)[padded].all()
     ours.embed.image.pos_embed[:, 1:] = ours.embed.image.pos_embed[:, 1:].flip(1)
-    assert_differ(ours(images, ids, mask, image_mask=image_mask)[0][torch.tensor(sizes).amin(1) > 8],
-                  pooled[torch.tensor(sizes).amin(1) > 8])  # fmt: skip
+    assert_differ(ours(images, ids, mask, image_mask=image_mask)[0], pooled)
 
 
 @pytest.mark.parametrize("labels", [1, 2, 7])
@@ -320,12 +319,12 @@ def test_reads_old_and_new_names(names, tmp_path):
     assert_close(from_hf(tmp_path)(images, ids, mask)[0], call(theirs.vilt, images, ids, mask).pooler_output)
 
 
-@pytest.mark.parametrize("names", [["mlm_score.bias"], ["mlm_score.decoder.bias"], ["mlm_score.bias", "mlm_score.decoder.bias"]])  # fmt: skip # noqa: E501
+@pytest.mark.parametrize("names", ["mlm_score.bias", "mlm_score.decoder.bias", "mlm_score.bias mlm_score.decoder.bias"])
 @torch.no_grad()
 def test_bias_of_the_decoder_under_each_of_its_names(names, tmp_path):
     theirs = reference()
     edit(theirs, tmp_path, {"mlm_score.decoder.bias": None, "mlm_score.bias": None})
-    edit_file(tmp_path, {name: theirs.mlm_score.decoder.bias.detach().clone() for name in names})
+    edit_file(tmp_path, {name: theirs.mlm_score.decoder.bias.detach().clone() for name in names.split()})
     images, (ids, mask) = pictures(theirs), texts()
     ours = from_hf(tmp_path)
     expected = call(theirs, images, ids, mask).logits

@@ -245,8 +245,25 @@ def test_unexpected_tensor(tmp_path, name):
 
 
 def test_both_names_of_one_tensor(tmp_path):
-    write(tmp_path, official_weights() | {"vit.layers.0.attention.q_proj.weight": torch.zeros(D, D)})
+    weights = official_weights()
+    write(tmp_path, weights | {"vit.layers.0.attention.q_proj.weight": torch.zeros(D, D)})
     assert "twice" in message(lambda: from_hf(tmp_path))
+    query = weights["vit.encoder.layer.0.attention.attention.query.weight"]
+    write(tmp_path, weights | {"vit.layers.0.attention.q_proj.weight": query.clone()})  # the same numbers do no harm
+    assert torch.equal(from_hf(tmp_path).encoder.blocks[0].attn.q.weight, query)
+
+
+@pytest.mark.parametrize("shape", [(D, D + 1), (D,), ()])
+def test_keys_and_values_that_do_not_fit_together(shape, tmp_path):
+    name = "vit.encoder.layer.0.attention.attention.key.weight"
+    write(tmp_path, official_weights() | {name: torch.zeros(shape)})
+    assert "encoder.blocks.0.attn.kv.weight" in message(lambda: from_hf(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(D, 3 * 8 * 9), (D,), ()])
+def test_a_kernel_of_another_shape(shape, tmp_path):
+    write(tmp_path, official_weights() | {"vit.embeddings.patch_embeddings.projection.weight": torch.zeros(shape)})
+    assert "embed.patch_embed.proj.weight has shape" in message(lambda: from_hf(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +281,12 @@ def test_shape_mismatch(folder, config):
     [
         ({"hidden_act": "relu"}, "'relu'"),
         ({"hidden_act": "quick_gelu"}, "'quick_gelu'"),
+        ({"hidden_act": ["gelu"]}, "['gelu']"),
+        ({"layer_norm_eps": "small"}, "a number >= 0"),
+        ({"hidden_dropout_prob": None}, "a number >= 0"),
+        ({"hidden_dropout_prob": -0.1}, "a number >= 0"),
+        ({"hidden_dropout_prob": True}, "a number >= 0"),
+        ({"hidden_dropout_prob": 2}, "impossible model"),
         ({"image_size": [16, 32]}, "only square"),
         ({"patch_size": [8, 4]}, "only square"),
         ({"intermediate_size": 33}, "no whole multiple"),

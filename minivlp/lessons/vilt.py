@@ -46,12 +46,12 @@ class Recipe:
     model: ViLTConfig = field(default_factory=ViLTConfig)
     start: str = "vit_normal"  # kept weights of lesson 01 to start from; "": random
     train_size: int = 20_000
-    steps: int = 1000
+    steps: int = 850
     batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
-    first: float = 0.7  # share of the steps, at the start, with the cloze (MLM) alone, on pages with one thing
+    first: float = 0.4  # share of the steps, at the start, with the cloze (MLM) alone, on pages with one thing
     first_levels: tuple[int, ...] = (1,)  # which of the five captions; one level a batch, so that lengths agree
     levels: tuple[int, ...] = (1, 4)  # the same for the rest of the steps
     share: float = 0.5  # of the words, hidden for MLM (the paper: 0.15 of much longer texts)
@@ -72,7 +72,7 @@ class Run:
 
 
 MAIN = Recipe(retrieval=True, answer=250)
-SHORT = replace(MAIN, steps=600, retrieval=False, answer=0)  # for the comparisons
+SHORT = replace(MAIN, steps=450, retrieval=False, answer=0)  # for the comparisons
 
 
 def vilt(**changes: object) -> ViLTConfig:
@@ -89,7 +89,7 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         "without modality types": replace(SHORT, model=vilt(modality_types=0)),
         "random start": replace(SHORT, start=""),
         "two encoders": replace(SHORT, model=vilt(attend="separate")),
-        "with masked patches": replace(SHORT, model=vilt(patch_colours=True), mpp=1.0),
+        "with masked patches": replace(SHORT, model=vilt(patch_colours=True), mpp=0.5),
     },
 }
 
