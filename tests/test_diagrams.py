@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -25,6 +25,7 @@ def style():
     use_style()
 
 
+GROUND = to_rgb("#F5F5F5")  # of the map's bands
 TOKENS = ["query 1", "query 2", "[DEC]", "a", "red", "umbrella"]
 MASK = np.tril(np.ones((6, 6), bool))
 PAIR, PAIR_GROUPS = ["[CLS]", "a", "cat", "[SEP]", "CLS", "1", "2", "3", "4"], ["text"] * 4 + ["image"] * 5
@@ -196,6 +197,31 @@ def boxes(fig: Figure, **look) -> list[str]:
         names = {a.get_gid() for a, b in itertools.pairwise(outlines)
                  if a.get_gid() and not b.get_gid() and b.get_linestyle() == "solid"}  # fmt: skip
     return [t.get_text() for t in words(fig) if t.get_gid() in names]
+
+
+def test_the_map_names_four_architectures_around_the_common_root():
+    fig = diagrams.course_map()
+    texts = {t.get_text(): t for t in words(fig)}
+    bands = {name: texts[name] for name in ("single stream", "dual stream", "fusion + dual", "dual encoder")}
+    grounds = [p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND]
+    homes = {}  # band -> the words of the boxes that lie in it
+    for name, title in bands.items():
+        (ground,) = [g for g in grounds if _contains(g, extent(title))]
+        inside = [text for text in texts.values() if text.get_gid() and _contains(ground, extent(text))]
+        homes[name] = {text.get_text().split("\n")[0] for text in inside}
+    assert homes == {
+        "single stream": {"02 ViLT"}, "dual stream": {"LXMERT, ViLBERT"}, "dual encoder": {"03 CLIP", "04 FLIP"},
+        "fusion + dual": {"05 ALBEF", "06 VLMo", "07 BLIP", "08 BLIP-2"},
+    }  # fmt: skip
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(grounds, 2))
+    assert "LXMERT, ViLBERT\nbuilt in lesson 02 to compare" in texts
+    assert all(name in diagrams.alt_text["course_map"].lower() for name in bands)
+
+
+@pytest.mark.parametrize("number", diagrams.LESSONS)
+def test_the_map_marks_one_lesson(number):
+    (marked,) = boxes(diagrams.course_map(f"{number}_name"), new=True)
+    assert marked.startswith(f"{number} {diagrams.LESSONS[number][0]}\n")
 
 
 def test_vilt_marks_what_lesson_01_did_not_have():

@@ -270,8 +270,8 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(toy):
 @pytest.mark.parametrize(
     "content",
     [b"", b'{"about": {}, "recipes"', b"\xff\xfe not text", b"[1, 2]", b"null", b"3", {"about": {}, "recipes": {}},
-     {"recipes": {}, "runs": {}}],
-    ids=["empty", "cut", "not text", "a list", "null", "a number", "no runs", "no about"],
+     {"recipes": {}, "runs": {}}, {"about": {}, "recipes": {}, "runs": {}, "timings": {"seconds": 3.0}}],
+    ids=["empty", "cut", "not text", "a list", "null", "a number", "no runs", "no about", "timings of nowhere"],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(content, toy, data):
     write(data, content)
@@ -317,6 +317,80 @@ def test_a_file_of_other_recipes_is_refused(how, toy, data):
     message = rf"^09_toy\.json was recorded with other recipes \({re.escape(where)}\): {AGAIN}$"
     with pytest.raises(RecordError, match=message):
         record.load(NAME)
+
+
+# --- timings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clocked(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """The toy lesson with a clock and facts; the list has (device, threads, runs done before) of each measurement."""
+    calls = []
+
+    def clock(device: torch.device) -> dict[str, float]:
+        calls.append((str(device), torch.get_num_threads(), len(runs_done())))
+        return {"training seconds": 12.34567 + len(calls)}
+
+    monkeypatch.setattr(toy, "clock", clock, raising=False)
+    monkeypatch.setattr(toy, "facts", lambda: {"parameters": 77}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    return calls
+
+
+def content_of(name: str = NAME) -> dict:
+    return json.loads((record.DATA / "recorded" / f"{name}.json").read_text())
+
+
+def test_the_clock_runs_last_with_all_threads_and_leaves_them_as_they_were(clocked, toy):
+    assert record.main([NAME, "--seeds", "2", "--ablation-seeds", "1", "--jobs", "1"]) == 0
+    assert clocked == [("cpu", 2, 4)] and torch.get_num_threads() == 1
+    loaded = record.load(NAME)
+    assert loaded.timings == {"training seconds": 13.346} and loaded.facts == {"parameters": 77}
+    assert re.fullmatch(r"2 CPU cores, \w+, 2 thread\(s\), torch [\w.+]+", loaded.clocked)
+    assert content_of()["timings"]["threads"] == 2
+
+
+def test_the_clock_alone_leaves_the_runs_untouched(clocked, toy, capsys):
+    record.record(NAME, seeds=2, ablation_seeds=1, jobs=1)
+    before = content_of()
+    assert record.main([NAME, "--clock"]) == 0
+    assert capsys.readouterr().out.endswith("wrote 09_toy.json\n")
+    after = content_of()
+    assert len(runs_done()) == 4 and len(clocked) == 2
+    assert after["timings"]["values"] == {"training seconds": 14.346} != before["timings"]["values"]
+    assert {k: v for k, v in after.items() if k != "timings"} == {k: v for k, v in before.items() if k != "timings"}
+
+
+def test_a_file_from_before_there_were_timings_is_taken_and_can_get_some(clocked, toy, data):
+    content = good(toy)
+    write(data, content)
+    assert (record.load(NAME).timings, record.load(NAME).facts, record.load(NAME).clocked) == ({}, {}, "")
+    record.clock(NAME)
+    assert record.load(NAME).timings == {"training seconds": 13.346}
+    assert {k: content_of()[k] for k in content} == content and runs_done() == []
+
+
+def test_an_interrupted_clock_leaves_the_file_and_the_threads(clocked, toy, data, monkeypatch, capsys):
+    def stopped(device: torch.device) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    path = write(data, good(toy))
+    before = path.read_bytes()
+    monkeypatch.setattr(toy, "clock", stopped)
+    assert record.main([NAME, "--clock"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert path.read_bytes() == before and torch.get_num_threads() == 1
+
+
+def test_a_clock_without_a_fitting_file_or_anything_to_measure_is_refused(toy, data, monkeypatch):
+    with pytest.raises(RecordError, match=r"^09_toy has nothing to measure: give its module a function `clock` or"):
+        record.clock(NAME)
+    monkeypatch.setattr(toy, "clock", lambda device: pytest.fail("measured for nothing"), raising=False)
+    with pytest.raises(RecordError, match="is missing from data/recorded"):
+        record.clock(NAME)
+    write(data, good(toy) | {"recipes": {}})
+    with pytest.raises(RecordError, match="was recorded with other recipes"):
+        record.clock(NAME)
 
 
 # --- going on after an interruption ----------------------------------------------------------------------------------
@@ -495,18 +569,3 @@ def test_the_reference_vit_is_as_good_as_recorded(tmp_path, monkeypatch):
     model = train.trained("vit", lesson.build(lesson.MAIN.model), own=False)
     first = record.load("01_vit").values("main", "ViT", "test accuracy")[0]
     assert lesson.test_accuracy(model, "test", lesson.MAIN) == pytest.approx(first, abs=0.01)  # half precision rounds
-
-
-def test_the_scoreboard_on_the_page_is_the_recorded_one(tmp_path):
-    page = ROOT / "notebooks" / "README.md"
-    copy = tmp_path / "README.md"
-    copy.write_text(page.read_text(encoding="utf-8").replace(" ± 0.", " + 0."), encoding="utf-8")
-    record.write_scoreboard(copy)
-    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
-    assert record.scoreboard().count("| 01_vit |") == len(record.lesson_module("01_vit").SCOREBOARD)
-
-
-def test_a_page_without_marks_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("no marks here", encoding="utf-8")
-    with pytest.raises(RecordError, match="has lost its marks"):
-        record.write_scoreboard(tmp_path / "README.md")
