@@ -73,7 +73,7 @@ def test_each_arm_changes_one_thing():
     base = lesson.EXPERIMENTS["changes"]["as described"]
     allowed = {
         "token masking": {"whole_word"}, "without WPA": {"wpa"}, "without modality types": {"modality_types"},
-        "random start": {"start"}, "two encoders": {"attend"}, "with masked patches": {"mpp", "patch_colours"},
+        "random start": {"start"}, "two encoders": {"attend"}, "masked patches": {"mpp", "patch_colours"},
     }  # fmt: skip
 
     def flat(recipe):
@@ -82,6 +82,7 @@ def test_each_arm_changes_one_thing():
 
     arms = dict(lesson.EXPERIMENTS["changes"])
     del arms["as described"]
+    arms["masked patches"] = lesson.MASKED_PATCHES
     assert arms.keys() == allowed.keys()
     for arm, recipe in arms.items():
         assert {k for k, v in flat(recipe).items() if v != flat(base)[k]} == allowed[arm]
