@@ -24,6 +24,7 @@ from minivlp.data.picturebook.probes import probe
 from minivlp.data.picturebook.world import CANVAS, COLOURS, KINDS, Scene
 from minivlp.evaluate import Cloze, accuracy, cloze, cloze_accuracy, filled_in, probe_scores, recall_at
 from minivlp.lessons import vit as lesson01
+from minivlp.lessons.vit import Run
 from minivlp.losses import cosine_cost, ipot, masked_lm_loss, word_patch_alignment, word_positions
 from minivlp.models.vilt import ViLT, ViLTConfig, start_from_vit
 from minivlp.models.vit import ViT
@@ -60,15 +61,6 @@ class Recipe:
     mpp: float = 0.0  # weight of masked-patch prediction
     retrieval: bool = False  # also search among 1,000 test pairs
     answer: int = 0  # steps of fine-tuning for questions, with pictures and without
-
-
-@dataclass
-class Run:
-    """What `run` returns: the trained model, its curves, and the numbers measured on the test split."""
-
-    model: nn.Module
-    history: History
-    metrics: dict[str, float]
 
 
 MAIN = Recipe(retrieval=True, answer=250)
