@@ -54,14 +54,14 @@ def model() -> ViLT:
 @pytest.mark.parametrize("recipe", ARMS)
 def test_every_arm_can_be_built_and_starts_from_a_kept_model(recipe):
     assert recipe.start in ("", *lesson01.CHECKPOINTS)
-    assert lesson.build(recipe).config == recipe.model
+    assert lesson.begin(recipe).config == recipe.model
     assert recipe.batch_size <= recipe.train_size
     assert bool(recipe.mpp) == recipe.model.patch_colours
 
 
 def test_a_start_from_lesson_01_takes_its_weights():
     torch.manual_seed(0)
-    ours, random = lesson.build(lesson.MAIN), lesson.build(replace(lesson.MAIN, start=""))
+    ours, random = lesson.begin(lesson.MAIN), lesson.begin(replace(lesson.MAIN, start=""))
     experiment, arm = lesson01.CHECKPOINTS[lesson.MAIN.start]
     vit = lesson.trained(lesson.MAIN.start, lesson01.ViT(lesson01.EXPERIMENTS[experiment][arm].model), own=False)
     theirs = vit.encoder.blocks[0].attn.q.weight

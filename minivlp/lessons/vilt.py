@@ -180,9 +180,13 @@ def masked_patch_loss(
     return F.cross_entropy(scores.flatten(0, 1).float(), mean[asked].flatten())
 
 
-def build(recipe: Recipe) -> ViLT:
+def build(config: ViLTConfig) -> ViLT:
+    return ViLT(config)
+
+
+def begin(recipe: Recipe) -> ViLT:
     """A new model, its patches and blocks taken from lesson 01's ViT if the recipe says so."""
-    model = ViLT(recipe.model)
+    model = build(recipe.model)
     if recipe.start:
         experiment, arm = lesson01.CHECKPOINTS[recipe.start]
         start_from_vit(model, trained(recipe.start, ViT(lesson01.EXPERIMENTS[experiment][arm].model), own=False))
@@ -205,7 +209,7 @@ def loss_of(recipe: Recipe) -> Callable:
 def train(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ViLT") -> tuple[ViLT, History]:
     """One run of a recipe: build, batch, fit. The seed fixes the weights and the order of the pairs."""
     minivlp.seed_everything(seed)
-    model = build(recipe).to(device)
+    model = begin(recipe).to(device)
     history = fit(
         model, ViLTBatches(pairs("train", recipe.train_size), recipe, seed=seed), loss_of(recipe), steps=recipe.steps,
         lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup, evaluate=validation(),
@@ -549,7 +553,7 @@ def clock(device: torch.device) -> dict[str, float]:
     caption levels count with their shares; and "ms for 1,000 x 1,000 pairs", the milliseconds to score a million pairs.
     """
     minivlp.seed_everything(0)
-    model = build(MAIN).to(device)
+    model = begin(MAIN).to(device)
     batches = ViLTBatches(pairs("train", MAIN.train_size), MAIN, seed=0)
     history = fit(
         model, lambda step: batches(step * MAIN.steps // CLOCK_STEPS), loss_of(MAIN), steps=CLOCK_STEPS, lr=MAIN.lr,
