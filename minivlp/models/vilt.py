@@ -136,6 +136,8 @@ class ViLT(nn.Module):
         self.mpp_head = MLMHead(c.width, c.channels * 256, eps=c.text_eps) if c.patch_colours else None
         self.answer_head = answer_head(c.width, c.answers) if c.answers else None
         init_normal(self)
+        for layer in (self.pooler, self.itm_head):  # 0.02 is BERT's choice at D = 768; a narrow p needs larger numbers,
+            nn.init.normal_(layer.weight, std=0.02 * (768 / c.width) ** 0.5)  # or ITM stays at ln 2 in many seeds
         for parameter in (self.embed.image.cls_token, self.embed.image.pos_embed):
             nn.init.normal_(parameter, std=0.02)
 
