@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlp.losses import IGNORE, word_positions
+from minivlp.layers import take_rows
+from minivlp.losses import IGNORE, contrastive_loss, word_positions
+from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
-from minivlp.pretrained import from_hf
+from minivlp.pretrained import from_hf, rename
 
 Batch = tuple[Tensor, ...]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -128,6 +130,10 @@ def vit_contenders(config: ViTConfig) -> list[Contender]:
 
 def transformers_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
+
+
+def open_clip_installed() -> bool:
+    return importlib.util.find_spec("open_clip") is not None
 
 
 def transformers_pair(config: ViTConfig) -> tuple[nn.Module, ViT]:
@@ -261,16 +267,24 @@ def transformers_vilt_pair(config: ViLTConfig) -> tuple[nn.Module, ViLT]:
     return theirs, ours
 
 
-def pair_batch(config: ViLTConfig, *, batch_size: int, longest: int) -> Batch:
-    """Random pictures and texts of 8 to `longest` tokens: B `images` (B, C, H, W) and their `hidden_ids` (B, L) with
-    `labels` (B, L) for the MLM pass, then `other_images`, half of them swapped, `ids`, `mask` and `match` (B)."""
-    generator = torch.Generator().manual_seed(0)
-    side, mask_id, first = config.image_size, 4, 7  # the course's tokenizer: [MASK] is 4, words begin at 7
+def random_pairs(
+    config: ViLTConfig | CLIPConfig, *, batch_size: int, longest: int, generator: torch.Generator
+) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens: images (B, C, H, W), ids and mask (B, L)."""
+    side, first = config.image_size, 7  # the course's tokenizer: words begin at 7
     images = torch.rand(batch_size, config.channels, side, side, generator=generator) * 2 - 1
     lengths = torch.randint(8, longest + 1, (batch_size,), generator=generator)
     lengths[0] = longest
     mask = torch.arange(longest) < lengths[:, None]
-    ids = torch.randint(first, config.vocab_size, (batch_size, longest), generator=generator) * mask
+    return images, torch.randint(first, config.vocab_size, (batch_size, longest), generator=generator) * mask, mask
+
+
+def pair_batch(config: ViLTConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens: B `images` (B, C, H, W) and their `hidden_ids` (B, L) with
+    `labels` (B, L) for the MLM pass, then `other_images`, half of them swapped, `ids`, `mask` and `match` (B)."""
+    generator = torch.Generator().manual_seed(0)
+    mask_id = 4  # [MASK] of the course's tokenizer
+    images, ids, mask = random_pairs(config, batch_size=batch_size, longest=longest, generator=generator)
     asked = word_positions(mask) & (torch.rand(ids.shape, generator=generator) < 0.15)
     match = torch.randperm(batch_size, generator=generator) % 2
     other_images = torch.where(match[:, None, None, None] == 1, images, images.roll(1, dims=0))
@@ -291,9 +305,157 @@ def vilt_row(*, batch_size: int = 64, longest: int = 14) -> Row:
     )
 
 
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def every_token_of_both(model: CLIP, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `clip_outputs` says, with all tokens computed in the last blocks too, although each tower reads one."""
+    vision, text = model.vision, model.text
+    patches = vision.patch_embed(images)
+    x = torch.cat([vision.cls_token.expand(len(images), -1, -1), patches], dim=1) + vision.pos_embed
+    states, _ = vision.encoder(vision.norm_pre(x))
+    image = F.normalize(model.image_projection(states[:, 0]), dim=-1)
+    L = ids.shape[1]
+    states, _ = text.encoder(text.word(ids) + text.position.weight[:L], mask=causal_mask(L))
+    ends = (ids == model.config.eot_id).int().argmax(dim=1)
+    words = F.normalize(model.text_projection(take_rows(states, ends)[:, 0]), dim=-1)
+    return model.logit_scale.exp() * image @ words.T, image, words
+
+
+def clip_outputs(model: CLIP, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What all contenders must agree on: logits (B, B), and of pictures and texts the vectors of length 1, (B, E)."""
+    logits, named = model(images, ids)
+    return logits, named["image"], named["text"]
+
+
+def clip_contenders(config: CLIPConfig) -> list[Contender]:
+    """Ours twice, transformers' and open_clip's (if installed), all with the weights of the first."""
+    theirs = None
+    if transformers_installed():
+        theirs, ours = transformers_clip_pair(config)
+    else:
+        ours = CLIP(config)
+    short = CLIP(ours.config)
+    short.load_state_dict(ours.state_dict())
+    contenders = [
+        Contender("minivlp CLIP, every token", ours, lambda batch: every_token_of_both(ours, *batch)),
+        Contender("minivlp CLIP, last blocks for the pooled tokens alone", short,
+                  lambda batch: clip_outputs(short, *batch)),
+    ]  # fmt: skip
+    if theirs is not None:
+
+        def read_theirs(batch: Batch) -> tuple[Tensor, ...]:
+            out = theirs(pixel_values=batch[0], input_ids=batch[1])
+            return out.logits_per_image, out.image_embeds, out.text_embeds
+
+        contenders.append(Contender("transformers CLIPModel, sdpa", theirs, read_theirs))
+    if open_clip_installed():
+        peer = open_clip_from(ours)
+
+        def read_peer(batch: Batch) -> tuple[Tensor, ...]:
+            image, text, scale = peer(*batch)
+            return scale * image @ text.T, image, text
+
+        contenders.append(Contender("open_clip CLIP", peer, read_peer))
+    return contenders
+
+
+def transformers_clip_pair(config: CLIPConfig) -> tuple[nn.Module, CLIP]:
+    """The official class at the sizes of `config` with random weights, and our model loaded from what it saves."""
+    import transformers
+
+    both = dict(hidden_act={"quick": "quick_gelu", "exact": "gelu"}[config.gelu], layer_norm_eps=config.eps)
+    text = dict(
+        vocab_size=config.vocab_size, max_position_embeddings=config.max_text, hidden_size=config.text_width,
+        num_hidden_layers=config.text_depth, num_attention_heads=config.text_heads,
+        intermediate_size=config.mlp_ratio * config.text_width, eos_token_id=config.eot_id, bos_token_id=None,
+    )  # fmt: skip
+    vision = dict(
+        image_size=config.image_size, patch_size=config.patch_size, num_channels=config.channels,
+        hidden_size=config.image_width, num_hidden_layers=config.image_depth, num_attention_heads=config.image_heads,
+        intermediate_size=config.mlp_ratio * config.image_width,
+    )  # fmt: skip
+    theirs = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=text | both, vision_config=vision | both, projection_dim=config.embed_dim,
+            attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+    return theirs, as_ours(theirs)
+
+
+# Our name -> that of open_clip and of OpenAI's code.
+OPEN_CLIP_NAMES = (
+    (r"^text\.encoder\.norm\.", "ln_final."),
+    (r"^text\.word\.", "token_embedding."),
+    (r"^text\.position\.weight$", "positional_embedding"),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"^image_projection\.weight$", "visual.proj"),
+    (r"^vision\.cls_token$", "visual.class_embedding"),
+    (r"^vision\.pos_embed$", "visual.positional_embedding"),
+    (r"^vision\.patch_embed\.proj\.", "visual.conv1."),
+    (r"^vision\.norm_pre\.", "visual.ln_pre."),
+    (r"^vision\.encoder\.norm\.", "visual.ln_post."),
+    (r"^text\.encoder\.blocks\.", "transformer.resblocks."),
+    (r"^vision\.encoder\.blocks\.", "visual.transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+
+
+def open_clip_from(ours: CLIP) -> nn.Module:
+    """The class of open_clip (3.3 was tried) at the sizes of our model and with its weights."""
+    from open_clip.model import CLIP as OpenCLIP  # this file alone knows it, and only if it is there
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    c = ours.config
+    vision = CLIPVisionCfg(
+        layers=c.image_depth, width=c.image_width, head_width=c.image_width // c.image_heads, mlp_ratio=c.mlp_ratio,
+        patch_size=c.patch_size, image_size=c.image_size, norm_kwargs=dict(eps=c.eps),
+    )  # fmt: skip
+    text = CLIPTextCfg(
+        context_length=c.max_text, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads,
+        layers=c.text_depth, mlp_ratio=c.mlp_ratio, pool_type="eos", eos_id=c.eot_id, norm_kwargs=dict(eps=c.eps),
+    )  # fmt: skip
+    theirs = OpenCLIP(c.embed_dim, vision, text, quick_gelu=c.gelu == "quick")
+    weights = rename(ours.state_dict(), OPEN_CLIP_NAMES)
+    for name in [name for name in weights if ".attn.q." in name]:
+        joined = name.replace(".attn.q.", ".attn.in_proj_")
+        weights[joined] = torch.cat([weights.pop(name), weights.pop(name.replace(".attn.q.", ".attn.kv."))])
+    for name in ("text_projection", "visual.proj"):
+        weights[name] = weights[name].T
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in weights.items()})
+    return theirs
+
+
+def caption_batch(config: CLIPConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random `images` (B, C, H, W) and texts of 8 to `longest` tokens, `ids` (B, L), each closed by the end token."""
+    generator = torch.Generator().manual_seed(0)
+    images, ids, mask = random_pairs(config, batch_size=batch_size, longest=longest, generator=generator)
+    return images, ids.scatter(1, mask.sum(1, keepdim=True) - 1, config.eot_id)
+
+
+def clip_row(*, batch_size: int = 64, longest: int = 14) -> Row:
+    """The course's own CLIP (both towers of width 128, depth 4) on pictures of 64 pixels with short texts."""
+    config = CLIPConfig(max_text=longest)  # open_clip reads texts of the full length only
+    return Row(
+        name="clip-train",
+        title="CLIP, training step (both towers, contrastive loss, backward, AdamW): "
+        f"{config.image_size} px, patch {config.patch_size}, texts of 8 to {longest} tokens, "
+        f"width {config.image_width}, depth {config.image_depth}, batch {batch_size}",
+        contenders=lambda: clip_contenders(config),
+        batch=lambda: caption_batch(config, batch_size=batch_size, longest=longest),
+        loss=lambda outputs, batch: contrastive_loss(outputs[0]),
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
+    clip_row(),
 ]
 
 

@@ -57,6 +57,18 @@ alt_text = {
     "single_and_dual_stream": "Three panels. Single stream: one self-attention and one MLP over text and image "
     "together. Dual stream in LXMERT's order: cross-attention with shared weights, then self-attention, then an MLP "
     "for each. Dual encoder: two encoders, whose two vectors meet in a dot product.",
+    "clip_overview": "CLIP from bottom to top. Left, the text tower: words between [start] and [end], positions, "
+    "causal blocks, LayerNorm; the state of [end] is read. Right, the image tower: patches, class token, positions, a "
+    "LayerNorm before the blocks, blocks, LayerNorm on the class token, which is read. Each has its own projection "
+    "and ends in a vector of length 1. The vectors of B texts and B pictures meet in a B x B matrix of similarities "
+    "times exp(t), from which comes the contrastive loss.",
+    "clip_matrix": "A matrix of similarities, a row for each picture and a column for each text, the true pairs marked "
+    "on the diagonal. Softmax along a row, axis 1: each picture chooses a text; the paper's code calls this loss_t. "
+    "Softmax down a column, axis 0: each text chooses a picture; the paper's code calls this loss_i. The loss is their "
+    "mean.",
+    "zero_shot_diagram": "Classification without training. The class names house, tree and boat are put into the "
+    "sentence a picture of a {label}, and the frozen text tower makes one vector of each. The frozen image tower makes "
+    "a vector of the picture. It is compared with the vector of each class, and the most similar class, house, wins.",
 }
 
 
@@ -501,10 +513,35 @@ def _bus(c: Canvas, boxes: Sequence[Box], y: float) -> Box:
     return Box(left, y, right - left, 0)
 
 
-def vilt_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
-    """The whole ViLT (paper, Fig. 3, eq. 1-5) for three words and a picture of 3 x 3 patches; new parts are green.
+SIDE, GAP, WORD = 0.31, 0.05, 0.59  # inches: a token's side, the room between two, the width of a token with a word
+TEXT_X, IMAGE_X = 0.1, 3.4  # where text and image begin
+TEXT_W, IMAGE_W = 5 * (WORD + GAP) - GAP, 10 * (SIDE + GAP) - GAP
+SHAPE_X = IMAGE_X + IMAGE_W + GAP + 0.1  # the column of shapes
+PATCHES = ("CLS", *map(str, range(1, 10)))
 
-    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words.
+
+def _row(c: Canvas, y: float, text: Sequence[str], image: Sequence[str], kind: str = "", new: str = "") -> list[Box]:
+    """Five text and ten image tokens of one height. `kind`: the modality of all, `new`: whose are new."""
+    return [
+        *c.tokens(TEXT_X, y, text, kind or "text", side=SIDE, gap=GAP, width=WORD, size=8.5,
+                  new=range(5 if "text" in new else 0)),
+        *c.tokens(IMAGE_X, y, image, kind or "image", side=SIDE, gap=GAP, size=8,
+                  new=range(10 if "image" in new else 0)),
+    ]  # fmt: skip
+
+
+def _add(c: Canvas, lower: Sequence[Box], upper: Sequence[Box]) -> None:
+    for a, b in zip(lower, upper, strict=True):
+        c.note(a.x + a.w / 2, (a.y + a.h + b.y) / 2, "+", ha="center", size=11)
+
+
+def _text_and_image(
+    c: Canvas, image: Any, words: Sequence[str], ends: tuple[str, str], *, new: str = ""
+) -> tuple[list[str], list[Box]]:
+    """The lower end of a model for both: three words and 3 x 3 patches become tokens, and positions are added.
+
+    `ends` stand before and behind the words; `new` may name "text". Returns the labels of the text tokens, and the
+    boxes of the positions, five of the text and ten of the image, whose upper edge is at 3.19 inches.
     """
     if len(words) != 3:
         raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
@@ -513,89 +550,85 @@ def vilt_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "hou
     if not h or not w:
         raise ValueError(f"a {pixels.shape[0]}x{pixels.shape[1]} picture has no 3 x 3 patches: give a larger one")
     pixels = pixels[: 3 * h, : 3 * w]
-    c = Canvas(WIDTH, 8.05)
-    side, gap, wide = 0.31, 0.05, 0.59
-    left, right = 0.1, 3.4  # where text and image begin
-    shape_x = right + 10 * (side + gap) + 0.1  # the column of shapes
-    text_w, image_w = 5 * (wide + gap) - gap, 10 * (side + gap) - gap
-    labels = ["[CLS]", *map(str, words), "[SEP]"]
-    patches = ["CLS", *map(str, range(1, 10))]
+    labels = [ends[0], *map(str, words), ends[1]]
 
-    def row(y: float, text: Sequence[str], image: Sequence[str], kind: str = "", new: str = "") -> list[Box]:
-        """Text and image tokens of one height. `kind`: the modality of all, `new`: whose are new."""
-        return [
-            *c.tokens(left, y, text, kind or "text", side=side, gap=gap, width=wide, size=8.5,
-                      new=range(5 if "text" in new else 0)),
-            *c.tokens(right, y, image, kind or "image", side=side, gap=gap, size=8,
-                      new=range(10 if "image" in new else 0)),
-        ]  # fmt: skip
-
-    def plus(lower: Sequence[Box], upper: Sequence[Box]) -> None:
-        for a, b in zip(lower, upper, strict=True):
-            c.note(a.x + a.w / 2, (a.y + a.h + b.y) / 2, "+", ha="center", size=11)
-
-    # The two inputs, each through a table of its own.
-    whole = c.image(right + side + gap, 0.08, 0.9 * min(1, w / h), 0.9 * min(1, h / w), pixels)
+    whole = c.image(IMAGE_X + SIDE + GAP, 0.08, 0.9 * min(1, w / h), 0.9 * min(1, h / w), pixels)
     y = 1.24
-    cut = [c.image(right + (i + 1) * (side + gap), y, side, side,
+    cut = [c.image(IMAGE_X + (i + 1) * (SIDE + GAP), y, SIDE, SIDE,
                    pixels[i // 3 * h : (i // 3 + 1) * h, i % 3 * w : (i % 3 + 1) * w]) for i in range(9)]  # fmt: skip
     c.arrow(whole, cut[4], start="right", end="bottom", bend=True)
-    c.note(cut[4].x + side, 0.53, "cut into patches,\nas in lesson 01")
-    caption = c.box(left, y, text_w, side, f"“{' '.join(map(str, words))}”", modality="text")
+    c.note(cut[4].x + SIDE, 0.53, "cut into patches,\nas in lesson 01")
+    caption = c.box(TEXT_X, y, TEXT_W, SIDE, f"“{' '.join(map(str, words))}”", modality="text")
     y = 1.78
-    table = c.box(left, y, text_w, 0.32, "tokenizer, then a table of words", modality="text", new=True, tag="", size=9)
+    table = c.box(TEXT_X, y, TEXT_W, 0.32, "tokenizer, then a table of words", modality="text", new="text" in new,
+                  tag="", size=9)  # fmt: skip
     c.arrow(caption, table)
-    linear = c.box(cut[0].x, y, image_w - side - gap, 0.32, "one linear layer for all patches", modality="image",
+    linear = c.box(cut[0].x, y, IMAGE_W - SIDE - GAP, 0.32, "one linear layer for all patches", modality="image",
                    size=9.5)  # fmt: skip
     for patch in cut:
-        c.arrow(patch, (patch.x + side / 2, y))
+        c.arrow(patch, (patch.x + SIDE / 2, y))
     y = 2.34
-    tokens = row(y, labels, patches, new="text")
+    tokens = _row(c, y, labels, PATCHES, new=new)
     for box in tokens[:5] + tokens[6:]:
         c.arrow((box.x + box.w / 2, linear.y + linear.h), box)
-    c.note(right - 0.02, 1.94, "class\ntoken", size=8)
-    c.arrow((tokens[5].x + side / 2, 2.1), tokens[5])
+    c.note(IMAGE_X - 0.02, 1.94, "class\ntoken", size=8)
+    c.arrow((tokens[5].x + SIDE / 2, 2.1), tokens[5])
     y = 2.88
-    places = row(y, "01234", [str(i) for i in range(10)], "neutral", new="text")
-    plus(tokens, places)
-    c.note(shape_x, y + side / 2, "+ positions", size=8.5)
+    places = _row(c, y, "01234", [str(i) for i in range(10)], "neutral", new=new)
+    _add(c, tokens, places)
+    c.note(SHAPE_X, y + SIDE / 2, "+ positions", size=8.5)
+    return labels, places
+
+
+def _symbols(c: Canvas, x: float, top: float, symbols: Sequence[str]) -> None:
+    for i, symbol in enumerate(symbols):
+        c.note(x, top - 0.16 * i, symbol, size=8.5, colour=QUIET)
+
+
+def vilt_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole ViLT (paper, Fig. 3, eq. 1-5) for three words and a picture of 3 x 3 patches; new parts are green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words.
+    """
+    c = Canvas(WIDTH, 8.05)
+    labels, places = _text_and_image(c, image, words, ("[CLS]", "[SEP]"), new="text")
 
     # LayerNorm for the text alone, then the modality type.
     y = 3.42
-    norm = c.box(left, y, text_w, 0.3, "LayerNorm", new=True, tag="", size=9)
+    norm = c.box(TEXT_X, y, TEXT_W, 0.3, "LayerNorm", new=True, tag="", size=9)
     for place in places[:5]:
         c.arrow(place, norm)
-    c.note(shape_x, y + 0.15, "LayerNorm:\ntext alone", size=8.5)
+    c.note(SHAPE_X, y + 0.15, "LayerNorm:\ntext alone", size=8.5)
     y = 3.96
-    types = row(y, "0" * 5, "1" * 10, "neutral", new="text image")
-    plus([Box(t.x, norm.y, t.w, norm.h) for t in types[:5]], types[:5])
-    plus([Box(t.x, norm.y, t.w, norm.h) for t in types[5:]], types[5:])
+    types = _row(c, y, "0" * 5, "1" * 10, "neutral", new="text image")
+    _add(c, [Box(t.x, norm.y, t.w, norm.h) for t in types[:5]], types[:5])
+    _add(c, [Box(t.x, norm.y, t.w, norm.h) for t in types[5:]], types[5:])
     for place in places[5:]:
-        x = place.x + side / 2
-        c.arrow((x, place.y + side), (x, norm.y + norm.h), head=False)
-    c.note(shape_x, y + side / 2, "+ modality\ntype: 0 or 1", size=8.5)
+        x = place.x + SIDE / 2
+        c.arrow((x, place.y + SIDE), (x, norm.y + norm.h), head=False)
+    c.note(SHAPE_X, y + SIDE / 2, "+ modality\ntype: 0 or 1", size=8.5)
 
     # One stream for both.
-    full = right + image_w - left
+    full = IMAGE_X + IMAGE_W - TEXT_X
     y = 4.52
-    blocks = c.box(left, y, full, 0.5, "encoder blocks of lesson 01 (pre-norm): every token looks at every token",
+    blocks = c.box(TEXT_X, y, full, 0.5, "encoder blocks of lesson 01 (pre-norm): every token looks at every token",
                    modality="fused", size=10.5)  # fmt: skip
     for box in types:
         c.arrow(box, blocks)
-    c.note(shape_x, y + 0.25, "joined, text first\n(B, L+1+N, D)", size=8.5)
-    last = c.box(left, 5.17, full, 0.28, "LayerNorm", size=9)
+    c.note(SHAPE_X, y + 0.25, "joined, text first\n(B, L+1+N, D)", size=8.5)
+    last = c.box(TEXT_X, 5.17, full, 0.28, "LayerNorm", size=9)
     y = 5.63
-    states = row(y, labels, patches, "fused")
+    states = _row(c, y, labels, PATCHES, "fused")
     for box in states:
         c.arrow((box.x + box.w / 2, blocks.y + blocks.h), (box.x + box.w / 2, last.y), head=False)
         c.arrow((box.x + box.w / 2, last.y + last.h), box)
-    c.note(shape_x, y + side / 2, "text (B, L, D)\nimage (B, 1+N, D)", size=8)
+    c.note(SHAPE_X, y + SIDE / 2, "text (B, L, D)\nimage (B, 1+N, D)", size=8)
 
     # The heads.
     y, top = 6.7, 7.6
-    pooler = c.box(left, y, 1.15, 0.5, "pooler: linear, tanh", modality="fused", new=True, size=9)
-    c.arrow((states[0].x + wide / 2, states[0].y + side), (states[0].x + wide / 2, y))
-    itm = c.loss(left, top, 1.15, "ITM", new=True)
+    pooler = c.box(TEXT_X, y, 1.15, 0.5, "pooler: linear, tanh", modality="fused", new=True, size=9)
+    c.arrow((states[0].x + WORD / 2, states[0].y + SIDE), (states[0].x + WORD / 2, y))
+    itm = c.loss(TEXT_X, top, 1.15, "ITM", new=True)
     c.arrow(pooler, itm, "linear (B, 2)", side="right")
     spoken, seen = _bus(c, states[1:4], 6.18), _bus(c, states[6:], 6.32)
     mlm_head = c.box(1.55, y, 1.55, 0.5, "MLM head", modality="fused", new=True, size=9)
@@ -603,13 +636,12 @@ def vilt_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "hou
     mlm = c.loss(1.55, top, 1.55, "MLM", new=True)
     c.arrow(mlm_head, mlm, "scores (M, V)", side="right")
     wpa_head = c.box(3.4, y, 2.9, 0.5, "optimal transport of words onto patches", modality="fused", new=True, size=9)
-    c.arrow((spoken.x + spoken.w, spoken.y), (right + side + gap / 2, y), start="right", end="bottom", bend=True)
+    c.arrow((spoken.x + spoken.w, spoken.y), (IMAGE_X + SIDE + GAP / 2, y), start="right", end="bottom", bend=True)
     c.arrow((4.9, seen.y), (4.9, y))
     wpa = c.loss(3.4, top, 2.9, "WPA, weight 0.1", new=True)
     c.arrow(wpa_head, wpa, "distance (B)", side="right")
     symbols = ("B pairs", "L text tokens", "N patches", "D numbers a token", "M hidden words", "V words in the table")
-    for i, symbol in enumerate(symbols):
-        c.note(6.6, 7.88 - 0.16 * i, symbol, size=8.5, colour=QUIET)
+    _symbols(c, 6.6, 7.88, symbols)
     return c.fig
 
 
@@ -698,6 +730,172 @@ def single_and_dual_stream() -> Figure:
     dot = c.box(encoders, high, both, 0.3, "dot product: one number", size=9)
     up(two(encoders, low, 0.3, "text (L, D)", "image (S, D)"), two(encoders, 1.7, 1.3, "text encoder", "image encoder"),
        two(encoders, 3.35, 0.3, "vector (D)", "vector (D)"), [dot] * 2)  # fmt: skip
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def _similarities(
+    c: Canvas, left: float, top: float, n: int, cell: tuple[float, float], *, new: bool = False, named: bool = False
+) -> tuple[Box, list[Box], list[Box]]:
+    """A matrix of n pictures (rows) and n texts (columns), its diagonal marked, whose upper left corner is at
+    (left, top) and whose cells are `cell` inches wide and high; `named` says in each what it compares.
+
+    Returns the matrix, the boxes of the pictures at its left and those of the texts above it.
+    """
+    w, h = cell
+    low = [str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")) for i in range(1, n + 1)]
+    whole = c.box(left - 0.04, top - n * h - 0.04, n * w + 0.08, n * h + 0.08, modality="fused", new=new, tag="")
+    for r in range(n):
+        for k in range(n):
+            x, y, same = left + k * w, top - (r + 1) * h, r == k
+            c.ax.add_patch(Rectangle((x, y), w, h, facecolor=(STRONG if same else FILLS)["fused"], edgecolor="white",
+                                     linewidth=1.0, zorder=2.3))  # fmt: skip
+            if named:
+                c.note(x + w / 2, y + h / 2, f"I{low[r]}·T{low[k]}", ha="center", weight="bold" if same else "normal",
+                       size=8.5, colour="white" if same else INK)  # fmt: skip
+            elif same:  # a second sign beside the colour
+                c.ax.plot(x + w / 2, y + h / 2, "o", color="white", markersize=14 * min(h, w), zorder=2.5)
+    rows = [c.box(left - 0.47, top - (r + 1) * h + 0.025, 0.35, h - 0.05, f"I{low[r]}", modality="image", size=8.5)
+            for r in range(n)]  # fmt: skip
+    columns = [c.box(left + k * w + 0.025, top + 0.12, w - 0.05, 0.25, f"T{low[k]}", modality="text", size=8.5)
+               for k in range(n)]  # fmt: skip
+    return whole, rows, columns
+
+
+def clip_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole CLIP with a ViT (paper, 2.3-2.5) for three words and a picture of 3 x 3 patches; new parts are green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words.
+    """
+    c = Canvas(WIDTH, 8.28)
+    labels, places = _text_and_image(c, image, words, ("[start]", "[end]"))
+    marks = "[start] and [end] say where a text begins and ends. In our vocabulary they are [CLS] and [SEP]."
+    c.note(TEXT_X, 0.7, marks, width=TEXT_W, size=8.5, colour=QUIET)
+
+    # Two towers that never look at each other.
+    y = 3.42
+    norm = c.box(IMAGE_X, y, IMAGE_W, 0.3, "LayerNorm", new=True, tag="", size=9)
+    c.note(SHAPE_X, y + 0.15, "LayerNorm:\nimage alone", size=8.5)
+    y = 3.96
+    causal = c.box(TEXT_X, y, TEXT_W, 0.5, "causal blocks:\na token looks at itself and those before it",
+                   modality="text", new=True, tag="")  # fmt: skip
+    blocks = c.box(IMAGE_X, y, IMAGE_W, 0.5, "encoder blocks:\nevery token looks at every token", modality="image")
+    for place in places:
+        c.arrow(place, causal if place.x < IMAGE_X else norm)
+    for place in places[5:]:
+        c.arrow((place.x + SIDE / 2, norm.y + norm.h), (place.x + SIDE / 2, y))
+    c.note(SHAPE_X, y + 0.25, "(B, L, D) and\n(B, 1+N, D)", size=8.5)
+    y = 4.66
+    c.box(TEXT_X, y, TEXT_W, 0.28, "LayerNorm", size=9)
+    c.box(IMAGE_X, y, SIDE, 0.28, "LN", size=8)
+    c.note(SHAPE_X, y + 0.14, "LayerNorm:\ntext, CLS", size=8.5)
+    y = 5.14
+    states = [*c.tokens(TEXT_X, y, labels, "text", side=SIDE, gap=GAP, width=WORD, size=8.5, new=[4]),
+              *c.tokens(IMAGE_X, y, PATCHES, "image", side=SIDE, gap=GAP, size=8)]  # fmt: skip
+    for k, box in enumerate(states):
+        x = box.x + box.w / 2
+        if k < 6:
+            c.arrow((x, blocks.y + blocks.h), (x, 4.66), head=False)
+        c.arrow((x, 4.94 if k < 6 else blocks.y + blocks.h), box)
+    c.note(SHAPE_X, y + SIDE / 2, "read: [end], CLS\n(B, D) each", size=8.5)
+
+    # Each its own way into the shared space.
+    w, h, y, ends = 2.05, 0.38, 5.7, []
+    for x, state, kind in ((TEXT_X + TEXT_W - w, states[4], "text"), (IMAGE_X, states[5], "image")):
+        head = c.box(x, y, w, h, "linear D → E, no bias", modality=kind, new=True, size=9)
+        c.arrow(state, head)
+        unit = c.box(x, y + h + 0.2, w, h, "normalise: length 1", modality=kind, new=True, size=9)
+        c.arrow(head, unit)
+        ends.append(unit)
+    c.note(SHAPE_X, y + h / 2, "projection\n(B, E) each", size=8.5)
+    c.note(SHAPE_X, y + 1.5 * h + 0.2, "(B, E) each", size=8.5)
+
+    # Where B texts and B pictures meet.
+    matrix, rows, columns = _similarities(c, 4.22, 7.87, 4, (0.38, 0.255), new=True)
+    c.arrow((rows[-1].x + rows[-1].w / 2, ends[1].y + h), rows[-1])
+    c.arrow(ends[0], columns[0], start="top", end="left", bend=True)
+    c.note(rows[0].x - 0.08, matrix.y + matrix.h / 2, "B pictures", size=8.5, ha="right")
+    c.note(rows[0].x - 0.08, 7.97, "B texts", size=8.5, ha="right")
+    scale = c.box(6.4, 6.83, 1.7, h, "times exp(t), t learned", new=True, size=9)
+    c.arrow(scale, matrix)
+    loss = c.loss(6.4, 7.46, 1.7, "contrastive loss", h=h, new=True)
+    c.arrow(matrix, loss, "(B, B)")
+    _symbols(c, TEXT_X, 8.12, ("B pairs", "L text tokens", "N patches", "D numbers a token", "E shared numbers"))
+    return c.fig
+
+
+def clip_matrix(n: int = 4) -> Figure:
+    """The matrix of similarities of n pictures and n texts and its two softmaxes (paper, 2.3 and Fig. 3), 2 <= n <= 8.
+
+    With pictures in rows, axis 0 runs over the pictures: what the paper's pseudo-code calls `loss_i` lets each text
+    choose a picture.
+    """
+    if not 2 <= n <= 8:
+        raise ValueError(f"a matrix of {n} pairs cannot be drawn here: choose n from 2 to 8")
+    c = Canvas(WIDTH, 5.15)
+    w, h = min(0.78, 3.2 / n), min(0.55, 2.3 / n)
+    left, top = 1.2, 4.2
+    matrix, *_ = _similarities(c, left, top, n, (w, h), named=n <= 4)
+    right, foot = matrix.x + matrix.w, matrix.y
+    c.arrow((left, 4.78), (left + n * w, 4.78), "axis 1: the texts", size=9)
+    c.arrow((0.55, top), (0.55, top - n * h))
+    c.ax.text(0.36, top - n * h / 2, "axis 0: the pictures", rotation=90, ha="center", va="center", fontsize=9)
+
+    r, k = 1, min(2, n - 1)  # one row and one column stand for all
+    row, column = (left, top - (r + 1) * h, n * w, h), (left + k * w, top - n * h, w, n * h)
+    for (x, y, wide, high), kind in ((row, "image"), (column, "text")):
+        c.ax.add_patch(Rectangle((x, y), wide, high, fill=False, edgecolor=EDGES[kind], linewidth=2.4, zorder=2.8))
+    x, wide = 5.2, 2.9
+    along = c.box(x, top - (r + 0.5) * h - 0.28, wide, 0.56, "softmax along a row:\neach picture chooses a text",
+                  modality="image", size=9.5)  # fmt: skip
+    c.arrow((right, top - (r + 0.5) * h), along)
+    down = c.box(1.2, 0.95, 3.2, 0.56, "softmax down a column:\neach text chooses a picture", modality="text",
+                 size=9.5)  # fmt: skip
+    c.arrow((left + (k + 0.5) * w, foot), (left + (k + 0.5) * w, down.y + down.h))
+    of_rows = c.loss(x, 1.9, wide, "cross-entropy over axis 1")
+    c.arrow(along, of_rows, "true text: the diagonal", side="right")
+    of_columns = c.loss(1.2, 0.3, 3.2, "cross-entropy over axis 0")
+    c.arrow(down, of_columns, "true picture: the diagonal", side="right")
+    mean = c.loss(x, 0.3, wide, "loss = their mean")
+    c.arrow(of_rows, mean, "called loss_t in the paper's code", side="right", width=1.3)
+    c.arrow(of_columns, mean)
+    c.note(1.2, 0.12, "called loss_i in the paper's code", size=8)
+    c.note(x, 4.72, f"each cell: cosine times exp(t)\npurple: the {n} true pairs\npale: {n * n - n} wrong pairs")
+    return c.fig
+
+
+def zero_shot_diagram() -> Figure:
+    """How CLIP classifies pictures into classes that it was never trained for (paper, Fig. 1 (2)-(3) and 3.1.2)."""
+    c = Canvas(WIDTH, 4.0)
+    names, shares = ("house", "tree", "boat"), ("0.93", "0.05", "0.02")
+    h, ys = 0.42, (2.95, 2.3, 1.65)
+    for x, title in ((0.1, "K classes"), (1.3, "a picture of a {label}"), (5.2, "K vectors"), (7.1, "softmax")):
+        c.note(x, 3.75, title, weight="bold")
+    text = c.box(3.65, ys[-1], 1.15, ys[0] + h - ys[-1], "text tower", modality="text", frozen=True)
+    vision = c.box(3.65, 0.45, 1.15, 0.7, "image tower", modality="image", frozen=True)
+    compare = c.box(6.0, ys[-1], 0.8, ys[0] + h - ys[-1], "cosine times exp(t)", modality="fused", size=9.5)
+    for i, (name, share, y) in enumerate(zip(names, shares, ys, strict=True)):
+        label = c.box(0.1, y, 0.85, h, name, modality="text")
+        sentence = c.box(1.3, y, 2.0, h, f"a picture of a {name}", modality="text")
+        vector = c.box(5.2, y, 0.45, h, f"T{'₁₂₃'[i]}", modality="text")
+        score = c.box(7.1, y, 1.0, h, f"{name}  {share}", modality="fused", size=9.5, weight="normal" if i else "bold")
+        for a, b in ((label, sentence), (sentence, text), (text, vector), (vector, compare), (compare, score)):
+            c.arrow(a, b)
+        if i == 0:
+            c.tag(score.x + score.w, score.y + score.h, "best", colour=EDGES["fused"])
+    whole = c.image(1.85, 0.35, 0.9, 0.9, _example_picture())
+    vector = c.box(5.2, 0.8 - h / 2, 0.45, h, "I", modality="image")
+    c.arrow(whole, vision)
+    c.arrow(vision, vector)
+    c.arrow(vector, compare, start="right", end="bottom", bend=True)
+    c.note(0.1, 0.8, "one picture", weight="bold")
+    once = "Made once, the K vectors are the weights of a linear classifier."
+    c.note(6.55, 0.8, once, width=1.6, size=8.5, colour=QUIET)
+    c.note(0.1, 0.12, "Hatched: frozen. Nothing is trained, and the classes can be any words. The numbers are made up.",
+           size=8.5, colour=QUIET)  # fmt: skip
     return c.fig
 
 

@@ -6,6 +6,8 @@ of both, D width, V words of the vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,15 +34,15 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Patches -> tokens by one linear layer with bias (ViT, eq. 1): (B, C, H, W) -> (B, N, D).
+    """Patches -> tokens by one linear layer (ViT, eq. 1; CLIP's has no bias): (B, C, H, W) -> (B, N, D).
 
     The same numbers as a convolution with kernel P and stride P, whose weight is `proj.weight` reshaped.
     """
 
-    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+    def __init__(self, patch_size: int, channels: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(channels * patch_size * patch_size, width)
+        self.proj = nn.Linear(channels * patch_size * patch_size, width, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(patchify(to_float_pixels(images), self.patch_size))
@@ -86,18 +88,36 @@ class Attention(nn.Module):
         return self.dropout(self.proj(y)), weights
 
 
+class QuickGELU(nn.Module):
+    """OpenAI's cheap stand-in for the GELU, x * sigmoid(1.702 x). Weights trained with one need the same one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+# name -> a new activation
+GELUS = {"exact": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh"), "quick": QuickGELU}
+
+
 class MLP(nn.Module):
     """Two linear layers with a GELU between, applied to each token alone: (..., D) -> (..., ratio*D) -> (..., D)."""
 
     def __init__(self, width: int, *, ratio: int = 4, dropout: float = 0.0, gelu: str = "exact") -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, ratio * width)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.act = GELUS[gelu]()
         self.fc2 = nn.Linear(ratio * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+
+
+def take_rows(x: Tensor, rows: int | Tensor | None) -> Tensor:
+    """Some tokens of x (B, T, D): all (None), the first `rows`, or one of each, the one that `rows` (B) says."""
+    if isinstance(rows, Tensor):
+        return x[torch.arange(len(x), device=x.device), rows].unsqueeze(1)  # (B, 1, D)
+    return x[:, :rows]
 
 
 class Block(nn.Module):
@@ -118,16 +138,16 @@ class Block(nn.Module):
         self.mlp = MLP(width, ratio=mlp_ratio, dropout=dropout, gelu=gelu)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, rows: int | None = None, need_weights: bool = False
+        self, x: Tensor, *, mask: Tensor | None = None, rows: int | Tensor | None = None, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D) -> (B, rows or T, D) and the attention weights on request.
 
         `rows=1` updates only the first token, which still looks at all: the same numbers for less work when
-        nothing after this block reads the other tokens.
+        nothing after this block reads the other tokens. A tensor (B) of places updates one token of each sequence.
         """
         asked = self.norm1(x) if self.norm_first else x
-        y, weights = self.attn(asked[:, :rows], asked, mask=mask, need_weights=need_weights)
-        x = x[:, :rows] + y
+        y, weights = self.attn(take_rows(asked, rows), asked, mask=mask, need_weights=need_weights)
+        x = take_rows(x, rows) + y
         if self.norm_first:
             return x + self.mlp(self.norm2(x)), weights
         x = self.norm1(x)

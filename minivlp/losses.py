@@ -80,3 +80,33 @@ def word_patch_alignment(
         distance = transport_distance(cost, ipot(cost, words, patches, iterations=iterations))
     sign = torch.where(match.bool(), 1.0, -1.0)
     return (sign * distance).mean(), distance
+
+
+def contrastive_loss(logits: Tensor, positives: Tensor | None = None) -> Tensor:
+    """CLIP's loss (paper, Fig. 3), the mean of two cross-entropies: logits (B, B), a row for each picture.
+
+    Along each row every picture chooses its text among B, along each column every text its picture; the true pairs
+    stand on the diagonal. `positives` (B, B), True also where picture and text belong together off the diagonal, for
+    instance because two captions are the same, shares each target out evenly among them.
+    """
+    logits = logits.float()
+    if positives is None:
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = positives.float()
+    to_text = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, (targets / targets.sum(0, keepdim=True)).T)
+    return (to_text + to_image) / 2
+
+
+def same_texts(ids: Tensor) -> Tensor:
+    """Which texts of a batch are word for word the same: ids (B, L), padded alike -> (B, B), True on the diagonal."""
+    return (ids[:, None] == ids[None]).all(dim=-1)
+
+
+def next_words(ids: Tensor, mask: Tensor) -> Tensor:
+    """The labels of a language model that reads ids (B, L) from left to right: at each token the one that follows it,
+    `IGNORE` at the last one and at padding, where `mask` (B, L) is False. For `masked_lm_loss`."""
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORE)
+    return labels

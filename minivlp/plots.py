@@ -241,6 +241,68 @@ def _frame(ax: Axes, frame: Any, x: float, top: float, width: float, height: flo
         ax.text(x + 0.1, top - 0.1, mark, color="white", ha="center", va="center", fontsize=NORMAL, weight="bold")
 
 
+def ranked_pictures(
+    queries: Sequence[str], images: Any, rankings: Any, *, truth: Sequence[int | Sequence[int]] | None = None,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """What a search found: one row a query, its sentence, wrapped, at the left and then the best pictures, best first.
+
+    `images` are all pictures that were searched, as for `picture_grid`; `rankings` (Q, k) are indices into them, the
+    first k for each of Q sentences. `truth` has one entry a query, the index of the picture that belongs to it, or the
+    indices of all that do: they get a green frame and a tick, and a row without any says so.
+    """
+    order = array(rankings, "rankings", ndim=2)
+    _same_length(order, "rankings", len(queries), "queries")
+    _same_length(truth, "truth", len(queries), "queries")
+    k = order.shape[1]
+    if not order.size or k > 10:
+        raise ValueError(f"rankings is of shape {order.shape}: give one query at least, and the best 1 to 10 of each")
+    if not np.issubdtype(order.dtype, np.integer) or order.min() < 0 or order.max() >= len(images):
+        raise ValueError(f"rankings must be indices from 0 to {len(images) - 1}, of {len(images)} pictures")
+    shown = {i: picture(images[i], f"images[{i}]") for i in dict.fromkeys(order.flat)}
+    wanted = [{*np.atleast_1d(array(t, "truth")).tolist()} for t in truth] if truth is not None else None
+    gap, margin, least = 0.1, 0.06, 2.1  # inches; the sentences get `least` or what the pictures leave
+    first = next(iter(shown.values()))
+    side = _crisp(min(1.28, (WIDTH - 2 * margin - least) / k - gap), first.shape[1])
+    beside = min(3.0, WIDTH - 2 * margin - k * (side + gap))
+    width = beside + k * (side + gap) + 2 * margin
+    texts = [wrap(query, beside - 0.15, SMALL) for query in queries]
+    missed = [wanted is not None and not found & {*row.tolist()}
+              for row, found in zip(order, wanted or [set()] * len(order), strict=True)]  # fmt: skip
+    miss = wrap("✗ none of these belongs to it", beside - 0.15, 8)
+    lines = [text_height(text.count("\n") + 1, SMALL) for text in texts]
+    below = [(text_height(miss.count("\n") + 1, 8) + 0.03) * lost for lost in missed]
+    heights = [max(side * max(shown[i].shape[0] / shown[i].shape[1] for i in row), text + note)
+               for row, text, note in zip(order, lines, below, strict=True)]  # fmt: skip
+    heading = wrap(title, width - 2 * margin, 11, "bold") if title else ""
+    head = text_height(heading.count("\n") + 1, 11) + 0.08 if title else 0.0
+
+    fig = new_figure(width, head + 0.22 + sum(heights) + len(heights) * gap + margin, layout="none")
+    ax = inch_axes(fig)
+    y = fig.get_figheight() - margin
+    ax.text(margin, y, heading, va="top", fontsize=11, weight="bold", parse_math=False)
+    y -= head
+    for place in range(k):
+        x = margin + beside + place * (side + gap) + side / 2
+        ax.text(x, y - 0.14, f"{'best: ' if side > 0.6 and not place else ''}{place + 1}", ha="center", va="baseline",
+                fontsize=SMALL, color=QUIET)  # fmt: skip
+    y -= 0.2
+    for q, (row, height) in enumerate(zip(order, heights, strict=True)):
+        top = y - (height - lines[q] - below[q]) / 2  # the sentence stands in the middle of its row
+        ax.text(margin, top, texts[q], va="top", fontsize=SMALL, linespacing=1.1, parse_math=False)
+        if missed[q]:
+            ax.text(margin, top - lines[q] - 0.03, miss, va="top", fontsize=8, color=WRONG, linespacing=1.1)
+        for place, i in enumerate(row):
+            x, h = margin + beside + place * (side + gap), side * shown[i].shape[0] / shown[i].shape[1]
+            t = y - (height - h) / 2
+            ax.imshow(shown[i], extent=(x, x + side, t - h, t), aspect="auto")
+            if wanted is not None and int(i) in wanted[q]:
+                _frame(ax, True, x, t, side, h)
+        y -= height + gap
+    ax.set(xlim=(0, width), ylim=(0, fig.get_figheight()))
+    return fig
+
+
 def patch_grid(image: Any, patch_size: int) -> Figure:
     """A picture, and its square patches pulled apart and numbered in reading order from 0.
 
@@ -553,7 +615,67 @@ def similarity_matrix(
 ) -> Figure:  # fmt: skip
     """A matrix (R, C) as colours, with its numbers where they fit. Labels of any length are wrapped or turned."""
     m = array(matrix, "matrix", ndim=2).astype(float)
-    return _matrix(m, row_labels, col_labels, [[f"{v:.{digits}f}" for v in row] for row in m], title=title)
+    return _matrix(m, row_labels, col_labels, _numbers(m, digits), title=title)
+
+
+def picture_text_matrix(
+    scores: Any, images: Any, texts: Sequence[str], *, title: str | None = None, numbers: bool = True, digits: int = 2,
+    diagonal: bool = True, bar: str = "similarity",
+) -> Figure:  # fmt: skip
+    """How well pictures and texts fit: scores (R, C), a row for each picture and a column for each text.
+
+    `images` are R pictures, as for `picture_grid`, shown beside their rows; `texts` C captions. An orange frame marks
+    the diagonal, where picture i meets text i: the true pairs, if both are in the same order (else, for instance with
+    class names, `diagonal=False`). `bar` says what the colours mean, for instance "cosine" or "probability".
+    """
+    m = array(scores, "scores", ndim=2).astype(float)
+    shown = _pictures(images)
+    _same_length(shown, "images", len(m), "rows of scores")
+    _same_length(texts, "texts", m.shape[1], "columns of scores")
+    cells = _numbers(m, digits) if numbers else [[""] * m.shape[1]] * len(m)
+    return _matrix(m, None, texts, cells, title=title, axes=("pictures", "texts"), bar=bar, pictures=shown,
+                   diagonal=diagonal)  # fmt: skip
+
+
+def similarity_over_time(
+    matrices: Any, titles: Sequence[str], *, title: str | None = None, axes: tuple[str, str] = ("pictures", "texts"),
+    bar: str = "similarity",
+) -> Figure:  # fmt: skip
+    """Matrices (R, C) of the same pictures and texts side by side, for instance at the start, in the middle and at the
+    end of a training run: each under its title, all in one scale of colours, without labels or numbers.
+
+    `axes` names what stands in rows and in columns.
+    """
+    ms = [array(matrix, f"matrices[{i}]", ndim=2).astype(float) for i, matrix in enumerate(matrices)]
+    if not ms:
+        raise ValueError("there is nothing to draw: matrices is empty")
+    _same_length(titles, "titles", len(ms), "matrices")
+    R, C = ms[0].shape
+    for i, m in enumerate(ms):
+        if m.shape != (R, C):
+            raise ValueError(f"matrices[{i}] has the shape {m.shape}, the first ({R}, {C}): give the same pairs")
+    left, gap, right = 0.3, 0.25, 1.05
+    wide = min(2.6, (WIDTH - left - right + gap) / len(ms) - gap)
+    high = max(wide * R / C, text_width(bar, NORMAL), text_width(axes[0], NORMAL))  # the words beside it must fit
+    names = [wrap(name, wide + gap - 0.1, NORMAL) for name in titles]
+    above = text_height(max(name.count("\n") + 1 for name in names), NORMAL) + 0.06
+    width = left + len(ms) * (wide + gap) - gap + right
+    heading = wrap(title, width - 0.12, 11, "bold") if title else ""
+    head = text_height(heading.count("\n") + 1, 11) + 0.1 if title else 0.05
+    fig = new_figure(width, 0.28 + high + above + head, layout="none")
+    low, top = min(np.nanmin(m) for m in ms), max(np.nanmax(m) for m in ms)
+    for i, (m, name) in enumerate(zip(ms, names, strict=True)):
+        ax, bar_ax = _map_axes(fig, left + i * (wide + gap), 0.28, wide, high)
+        image = ax.imshow(m, cmap="Blues", vmin=low, vmax=top, aspect="auto", interpolation="nearest")
+        ax.spines[:].set_visible(True)  # pale cells alone would not show where the matrix ends
+        ax.set(xticks=[], yticks=[], xlabel=axes[1], ylabel=axes[0] if i == 0 else "")
+        ax.text(0, 1 + 0.05 / high, name, transform=ax.transAxes, va="bottom", linespacing=1.15, parse_math=False)
+        if i < len(ms) - 1:
+            bar_ax.remove()
+    fig.colorbar(image, cax=bar_ax, label=bar).outline.set_visible(False)
+    fig.text(0.06 / width, 1 - 0.06 / fig.get_figheight(), heading, va="top", fontsize=11, weight="bold",
+             parse_math=False)  # fmt: skip
+    return fig
 
 
 def confusion(counts: Any, names: Sequence[str], *, title: str | None = None) -> Figure:
@@ -565,6 +687,11 @@ def confusion(counts: Any, names: Sequence[str], *, title: str | None = None) ->
     numbers = [[f"{v:,}" if v else "" for v in row] for row in c.tolist()]
     return _matrix(share, names, names, numbers, title=title, axes=("true", "predicted"), limits=(0, 1),
                    bar="share of the row")  # fmt: skip
+
+
+def _numbers(m: np.ndarray, digits: int) -> list[list[str]]:
+    """The numbers of a matrix as text, so many digits after the point and never a "-0.00"."""
+    return [[f"{round(v, digits) + 0.0:.{digits}f}" for v in row] for row in m.tolist()]
 
 
 def _shorten(label: str, lines: int) -> str:
@@ -591,23 +718,33 @@ def _map_axes(fig: Figure, left: float, bottom: float, width: float, height: flo
 def _matrix(
     m: np.ndarray, row_labels: Sequence[str] | None, col_labels: Sequence[str] | None, numbers: list[list[str]], *,
     title: str | None, axes: tuple[str, str] = ("", ""), limits: tuple[float, float] | None = None, bar: str = "",
+    pictures: list[np.ndarray] | None = None, diagonal: bool = False,
 ) -> Figure:  # fmt: skip
+    """A matrix (R, C) with labels, or `pictures` (H, W, 3) in place of the rows' labels, and its cells' numbers."""
     R, C = m.shape
     _same_length(row_labels, "row_labels", R, "rows")
     _same_length(col_labels, "col_labels", C, "columns")
     col_labels = None if col_labels is None else [str(label) for label in col_labels]
     rows = [] if row_labels is None else [wrap(label, 2.2, SMALL) for label in row_labels]
     beside = 0.1 + max([0.0, *(text_width(line, SMALL) for label in rows for line in label.split("\n"))])
+    if pictures:
+        thumb = max(0.1, min(0.69, 5.2 / R - 0.06))
+        beside = thumb + 0.12
     name = 0.25 if axes[0] else 0.05  # inches for the name of an axis
     right = 0.75 + (0.2 if bar else 0)
     cell = min(0.75, (WIDTH - beside - name - right) / C)
     lines = max([1, *(label.count("\n") + 1 for label in rows)])
     high = max(min(cell, 5.2 / R), text_height(lines, SMALL) if R <= 24 else 0)  # cells may be wide, never unreadable
     cell = cell if cell > 0.4 else max(min(cell, high), 2.0 / C)  # square, where no numbers need the width
-    turned = any(text_width(label, SMALL) > cell - 0.06 for label in col_labels or [])
-    fit = max(1, int(cell / text_height(1, SMALL)))  # lines of a turned label
-    columns = [_shorten(label, fit) if turned else label for label in col_labels or []]
-    above = max([0.15, *(text_width(line, SMALL) for label in columns if turned for line in label.split("\n"))])
+    words = [word for label in col_labels or [] for word in label.split()]
+    columns = [wrap(label, cell - 0.06, SMALL) for label in col_labels or []]
+    stacked = max([1, *(label.count("\n") + 1 for label in columns)])
+    turned = stacked > 5 or any(text_width(word, SMALL) > cell - 0.06 for word in words)
+    above = text_height(stacked, SMALL) if stacked > 1 else 0.15
+    if turned:
+        fit = max(1, int(cell / text_height(1, SMALL)))  # lines of a turned label
+        columns = [_shorten(label, fit) for label in col_labels or []]
+        above = max([0.15, *(text_width(line, SMALL) for label in columns for line in label.split("\n"))])
     above = above + 0.08 if columns else 0.0
 
     width = max(beside + name + C * cell + right, 4.0)
@@ -631,6 +768,14 @@ def _matrix(
     if cell > 0.1 and high > 0.1:
         ax.vlines(np.arange(C + 1) - 0.5, -0.5, R - 0.5, color="white", linewidth=1)
         ax.hlines(np.arange(R + 1) - 0.5, -0.5, C - 0.5, color="white", linewidth=1)
+    for i in range(min(R, C) if diagonal else 0):
+        ax.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.4, zorder=3,
+                               clip_on=False))  # fmt: skip
+    for r, pixels in enumerate(pictures or []):
+        h, w = pixels.shape[:2]
+        side = min(thumb, high - 0.04) / max(h, w)  # inches a pixel
+        x, dx, dy = -0.5 - (0.06 + thumb / 2) / cell, w * side / cell / 2, h * side / high / 2
+        ax.imshow(pixels, extent=(x - dx, x + dx, r + dy, r - dy), aspect="auto", clip_on=False)
     ax.set(xlim=(-0.5, C - 0.5), ylim=(R - 0.5, -0.5))
     fig.colorbar(image, cax=bar_ax, label=bar).outline.set_visible(False)
     inches = fig.get_figheight()

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 
+from minivlp.models.clip import CLIP, CLIPConfig
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.train import CheckpointError
@@ -28,6 +30,9 @@ Weights = dict[str, Tensor]
 Loader = Callable[[dict[str, Any], Weights, "int | None"], nn.Module]
 
 HUB_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+
+CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 LOADERS: dict[str, Loader] = {}
 
@@ -53,9 +58,9 @@ def from_hf(
 
     A classifier gets `model.labels`, the class names in the order of the scores. With `num_classes` the checkpoint's
     own classifier is left out and a new one of that many classes put in its place, as for fine-tuning: of zeros in a
-    ViT (ViT, 3.2), of random numbers in a ViLT. `model.fresh` names the parts of our model which the checkpoint has no
-    weights for, such as ("head",); they need training, and a new classifier has `labels == ()`. What is new when and
-    where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`.
+    ViT (ViT, 3.2), of random numbers in a ViLT; a CLIP has none. `model.fresh` names the parts of our model which the
+    checkpoint has no weights for, such as ("head",); they need training, and a new classifier has `labels == ()`. What
+    is new when and where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`, `clip_from_hf`.
 
     Raises CheckpointError if anything is missing, damaged or of another kind.
     """
@@ -100,6 +105,19 @@ def preprocess_aspect(
         sides = [longer / max(sides) * side for side in sides]
     width, height = (max(multiple, int(side + 0.5) // multiple * multiple) for side in sides)
     return _pixels(image, width, height, Image.Resampling.BICUBIC, mean, std)
+
+
+def preprocess_clip(image: Image.Image, *, size: int = 224) -> Tensor:
+    """A picture as CLIP's weights expect it, bicubic, cut to its middle square -> float32 (3, size, size).
+
+    The shorter side becomes `size` pixels, what stands over on the longer one is cut off on both ends, and each colour
+    is scaled by the mean and standard deviation of CLIP's own training pictures (official code).
+    """
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    pixels = _pixels(image, width, height, Image.Resampling.BICUBIC, CLIP_MEAN, CLIP_STD)
+    top, left = (height - size) // 2, (width - size) // 2
+    return pixels[:, top : top + size, left : left + size].contiguous()
 
 
 def pad_pictures(pictures: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
@@ -157,11 +175,12 @@ TRUNK_NAMES = (
     (r"^layernorm\.", "encoder.norm."),
 )
 
-GELU_NAMES = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+GELU_NAMES = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+              "quick_gelu": "quick"}  # fmt: skip
 
 
 def trunk_options(config: dict[str, Any], *, image_size: int, patch_size: int) -> dict[str, Any]:
-    """The options which ViTConfig and ViLTConfig both have; the sizes given here hold where config.json names none."""
+    """The options which every transformer tower has; the sizes given here hold where config.json names none."""
     width, hidden = _whole(config, "hidden_size", 768), _whole(config, "intermediate_size", 3072)
     if hidden % width:
         raise CheckpointError(
@@ -183,17 +202,28 @@ def trunk_options(config: dict[str, Any], *, image_size: int, patch_size: int) -
 def join_trunk(weights: Weights, config: dict[str, Any], *, width: int, depth: int, patches: str) -> Weights:
     """The renamed weights with those of the patches (module `patches`), keys and values in our shapes."""
     weights = dict(weights)
+    if not config.get("qkv_bias", True):
+        for block in (f"encoder.blocks.{i}.attn" for i in range(depth)):
+            weights |= {f"{block}.{part}.bias": torch.zeros(width) for part in "qkv"}
+    _flatten_kernel(weights, patches)
+    _join_keys_values(weights, "encoder", depth)
+    return weights
+
+
+def _flatten_kernel(weights: Weights, patches: str) -> None:
+    """The patches' convolution kernel (D, C, P, P) becomes the matrix (D, C*P*P) of a `PatchEmbed`."""
     kernel = weights.get(f"{patches}.proj.weight")
     if kernel is not None and kernel.ndim == 4:
-        weights[f"{patches}.proj.weight"] = kernel.flatten(1)  # convolution kernel (D, C, P, P) -> (D, C*P*P)
-    for block in (f"encoder.blocks.{i}.attn" for i in range(depth)):
-        if not config.get("qkv_bias", True):
-            weights |= {f"{block}.{part}.bias": torch.zeros(width) for part in "qkv"}
-        for kind in ("weight", "bias"):  # our keys and values share one matrix: keys first
+        weights[f"{patches}.proj.weight"] = kernel.flatten(1)
+
+
+def _join_keys_values(weights: Weights, encoder: str, depth: int) -> None:
+    """The matrices of keys and values become one in every block, as in our `Attention`: keys first."""
+    for block in (f"{encoder}.blocks.{i}.attn" for i in range(depth)):
+        for kind in ("weight", "bias"):
             pair = [weights.pop(f"{block}.{part}.{kind}", None) for part in "kv"]
             if all(tensor is not None for tensor in pair):
                 weights[f"{block}.kv.{kind}"] = _join(f"{block}.kv.{kind}", pair)
-    return weights
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -310,6 +340,134 @@ def _fold_segment(weights: Weights) -> None:
         weights["embed.text.position.weight"] = position.float() + segment[0].float()
 
 
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+CLIP_NAMES = (
+    (r"^visual_projection\.", "image_projection."),
+    (r"^text_model\.embeddings\.token_embedding\.", "text.word."),
+    (r"^text_model\.embeddings\.position_embedding\.", "text.position."),
+    (r"^vision_model\.embeddings\.class_embedding$", "vision.cls_token"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "vision.patch_embed.proj."),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "vision.pos_embed"),
+    (r"^vision_model\.pre_layrnorm\.", "vision.norm_pre."),  # so spelled in every official file
+    (r"^text_model\.final_layer_norm\.", "text.encoder.norm."),
+    (r"^vision_model\.post_layernorm\.", "vision.encoder.norm."),
+    (r"^(text|vision)_model\.encoder\.layers\.(\d+)\.", r"\1.encoder.blocks.\2."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+)
+CLIP_UNUSED = (r"^(text|vision)_model\.embeddings\.position_ids$",)  # older versions save the numbers 0, 1, 2, ...
+LEGACY_EOS = 2  # see clip_from_hf
+
+# What a config.json that leaves something out means, which is CLIP B/32; only what `trunk_options` takes otherwise.
+CLIP_DEFAULTS = {
+    "text": dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, layer_norm_eps=1e-5,
+                 hidden_act="quick_gelu"),
+    "vision": dict(layer_norm_eps=1e-5, hidden_act="quick_gelu"),
+}  # fmt: skip
+
+
+@loader("clip")
+def clip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | None) -> CLIP:
+    """The class CLIPModel -> our CLIP, both towers, projections and temperature: nothing is fresh, nobody classifies.
+
+    Our CLIP has one MLP ratio, one activation and one LayerNorm epsilon for both towers, so that the two must agree.
+
+    The end-of-text token is `eos_token_id`, at its first place in the text. Old files say 2 there, whatever their
+    vocabulary, and mean the largest id of a text, as OpenAI's code does; the end is the last one of the vocabulary.
+    """
+    if num_classes is not None:
+        raise CheckpointError(
+            "CLIP has no classifier: leave num_classes out, and compare pictures with the names of the classes"
+        )
+    parts = {tower: _tower(config, tower) for tower in ("text", "vision")}
+    text, vision = (trunk_options(part, image_size=224, patch_size=32) for part in parts.values())
+    gelus = {tower: _gelu(part, "exact", "quick") for tower, part in parts.items()}
+    for name, in_text, in_vision in (
+        ("intermediate_size / hidden_size", text["mlp_ratio"], vision["mlp_ratio"]),
+        ("layer_norm_eps", text["eps"], vision["eps"]),
+        ("hidden_act", gelus["text"], gelus["vision"]),
+    ):
+        if in_text != in_vision:
+            raise CheckpointError(
+                f"{name} is {in_text} in its text tower and {in_vision} in its image tower: our CLIP has one for both, "
+                "choose a checkpoint where they agree"
+            )
+    vocab_size = _whole(parts["text"], "vocab_size", 49_408)
+    eot = _whole(parts["text"], "eos_token_id", 49_407, lowest=0)
+    if eot == LEGACY_EOS:
+        eot = vocab_size - 1
+    if eot >= vocab_size:
+        raise CheckpointError(
+            f"eos_token_id {eot} is no id of its {vocab_size} tokens: write that of the end-of-text token into "
+            "text_config of config.json"
+        )
+    model = build(
+        CLIP, CLIPConfig, image_size=vision["image_size"], patch_size=vision["patch_size"],
+        channels=vision["channels"], image_width=vision["width"], image_depth=vision["depth"],
+        image_heads=vision["heads"], vocab_size=vocab_size,
+        max_text=_whole(parts["text"], "max_position_embeddings", 77), text_width=text["width"],
+        text_depth=text["depth"], text_heads=text["heads"], mlp_ratio=text["mlp_ratio"],
+        embed_dim=_whole(config, "projection_dim", 512), eot_id=eot, gelu=gelus["text"], eps=text["eps"],
+    )  # fmt: skip
+    weights = rename(weights, CLIP_NAMES, drop=CLIP_UNUSED)
+    _flatten_kernel(weights, "vision.patch_embed")
+    _join_keys_values(weights, "text.encoder", text["depth"])
+    _join_keys_values(weights, "vision.encoder", vision["depth"])
+    for name, ahead in (("vision.cls_token", (None, None)), ("vision.pos_embed", None)):  # (D), (1+N, D)
+        if name in weights:
+            weights[name] = weights[name][ahead]  # (1, 1, D), (1, 1+N, D)
+    fill(model, weights)
+    model.labels = ()
+    return model
+
+
+def _tower(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """The part of config.json about one tower. Where an old file has it twice, `..._config_dict` holds."""
+    key = f"{tower}_config" if config.get(f"{tower}_config_dict") is None else f"{tower}_config_dict"
+    part = config.get(key) or {}
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{key} in config.json is no JSON object: download it again")
+    return CLIP_DEFAULTS[tower] | part
+
+
+def clip_tokenizer(
+    path_or_id: str | PathLike[str], *, max_length: int = 77, cache_dir: str | PathLike[str] | None = None
+) -> Callable[[Sequence[str]], LongTensor]:
+    """The tokenizer of a CLIP checkpoint: a function from a list of texts to ids (B, L) for `CLIP.encode_text`.
+
+    `path_or_id` is a folder with tokenizer.json, or a Hub id as in `from_hf`. The texts are lower-cased and cut into
+    pieces of words by byte-level BPE (paper, 2.4), put between the start and the end of a text, cut to `max_length` so
+    that the end stays, and filled up to the longest of the batch with further ends. The official code first repairs
+    damaged Unicode (ftfy) and HTML; this does not.
+
+    Raises CheckpointError if the file is missing, damaged or of another kind of tokenizer, and ValueError if
+    `max_length` leaves no room for words or what should be encoded is no list of texts.
+    """
+    if max_length < 3:
+        raise ValueError(f"max_length={max_length} leaves no room for words: use 3 or more")
+    file = _find_folder(path_or_id, cache_dir, ["tokenizer.json"]) / "tokenizer.json"
+    _read_json(file)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for every malformed file
+        raise CheckpointError(f"{file} describes no tokenizer: download it again") from error
+    tokenizer.no_padding()
+    ends = [tokenizer.token_to_id(token) for token in CLIP_ENDS]
+    if tokenizer.encode("").ids != ends:
+        raise CheckpointError(f"{file} does not put texts between {' and '.join(CLIP_ENDS)}: take that of a CLIP")
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=ends[1], pad_token=CLIP_ENDS[1])
+
+    def encode(texts: Sequence[str]) -> LongTensor:
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError("a CLIP tokenizer takes a list of texts, at least one: put a single text into a list")
+        return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))])
+
+    return encode
+
+
 # --- helpers for every loader ----------------------------------------------------------------------------------------
 
 
@@ -423,7 +581,9 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
         raise CheckpointError("id2label in config.json does not number the classes 0, 1, 2, ...: repair it") from error
 
 
-def _find_folder(path_or_id: str | PathLike[str], cache_dir: str | PathLike[str] | None) -> Path:
+def _find_folder(
+    path_or_id: str | PathLike[str], cache_dir: str | PathLike[str] | None, files: Sequence[str] = HUB_FILES
+) -> Path:
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
@@ -434,11 +594,11 @@ def _find_folder(path_or_id: str | PathLike[str], cache_dir: str | PathLike[str]
     from huggingface_hub import snapshot_download  # imported late: reading a folder needs no network library
 
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=HUB_FILES, cache_dir=cache_dir))
+        return Path(snapshot_download(path_or_id, allow_patterns=list(files), cache_dir=cache_dir))
     except Exception as error:  # its errors share no base class across versions
         raise CheckpointError(
             f"cannot download {path_or_id!r} from the Hugging Face Hub ({type(error).__name__}): check the name and "
-            "the network, or give the path of a folder that already holds config.json and model.safetensors"
+            f"the network, or give the path of a folder that already holds {' and '.join(files[:2])}"
         ) from error
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minivlp import bench
-from minivlp.losses import IGNORE
+from minivlp.losses import IGNORE, contrastive_loss
+from minivlp.models.clip import CLIPConfig
 from minivlp.models.vilt import ViLTConfig
 from minivlp.models.vit import ViTConfig
 
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 torch.set_num_threads(1)
 
-CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3}
+CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + bench.open_clip_installed()}
 
 
 def tiny_vit() -> bench.Row:
@@ -40,12 +41,29 @@ def tiny_vilt() -> bench.Row:
     )
 
 
-@pytest.fixture(params=[tiny_vit, tiny_vilt], ids=CONTENDERS)
+def tiny_clip() -> bench.Row:
+    config = CLIPConfig(
+        image_size=16, patch_size=8, image_width=16, image_depth=2, image_heads=2, vocab_size=30, max_text=11,
+        text_width=24, text_depth=3, text_heads=3, embed_dim=20,
+    )  # fmt: skip
+    return bench.Row(
+        name="tiny-clip",
+        title="a tiny CLIP",
+        contenders=lambda: bench.clip_contenders(config),
+        batch=lambda: bench.caption_batch(config, batch_size=6, longest=11),
+        loss=lambda outputs, batch: contrastive_loss(outputs[0]),
+    )
+
+
+@pytest.fixture(params=[tiny_vit, tiny_vilt, tiny_clip], ids=CONTENDERS)
 def row(request, monkeypatch):
     torch.manual_seed(0)
     row = request.param()
     monkeypatch.setattr(bench, "ROWS", [row])
     return row
+
+
+CLASS_TOKENS = ("cls_token", "class_embedding")  # what the contenders call it
 
 
 def flat(contender: bench.Contender, batch: bench.Batch) -> torch.Tensor:
@@ -73,11 +91,28 @@ def test_contenders_take_the_same_training_step(row):
 def test_bench_refuses_unequal_contenders(row):
     contenders = row.contenders()
     assert bench.check_equal(row, contenders, row.batch()) < 1e-5
-    first = next(p for name, p in contenders[-1].model.named_parameters() if name.endswith("cls_token"))
+    first = next(p for name, p in contenders[-1].model.named_parameters() if name.endswith(CLASS_TOKENS))
     with torch.no_grad():
         first.add_(torch.randn_like(first))
     with pytest.raises(RuntimeError, match=f"{row.name}: the contenders differ by"):
         bench.check_equal(row, contenders, row.batch())
+
+
+def test_bench_checks_vectors_not_their_products_alone():
+    """Turning pictures and texts alike leaves every logit and the loss as they are."""
+    row = tiny_clip()
+    contenders = row.contenders()
+    model, batch = contenders[1].model, row.batch()
+    logits, *vectors = contenders[1].outputs(batch)
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0))).Q
+    with torch.no_grad():
+        for projection in (model.image_projection, model.text_projection):
+            projection.weight.copy_(turn @ projection.weight)
+    turned, *others = contenders[1].outputs(batch)
+    torch.testing.assert_close(turned, logits, rtol=0, atol=1e-5)
+    assert all((one - other).abs().max() > 0.1 for one, other in zip(vectors, others, strict=True))
+    with pytest.raises(RuntimeError, match="the contenders differ by"):
+        bench.check_equal(row, contenders, batch)
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -105,6 +140,26 @@ def test_pair_batch():
     assert torch.equal(hidden_ids[~asked], ids[~asked])
     same = (images == other_images).flatten(1).all(1)
     assert torch.equal(same, match == 1) and match.sum() == 32
+
+
+def test_caption_batch():
+    """What the row says of its batch: each text ends once, after 8 to 14 tokens, and nothing but padding follows."""
+    images, ids = bench.caption_batch(CLIPConfig(), batch_size=64, longest=14)
+    assert images.shape == (64, 3, 64, 64) and ids.shape == (64, 14) and (ids == 3).sum(1).eq(1).all()
+    lengths = (ids == 3).int().argmax(dim=1) + 1
+    assert lengths[0] == lengths.max() == 14 and lengths.min() == 8
+    assert torch.equal(ids != 0, torch.arange(14) < lengths[:, None])
+
+
+def test_the_short_way_of_clip_computes_less():
+    """Of 1 + N tokens of a picture and L of a text the last blocks update one each."""
+    row, seen = tiny_clip(), []
+    for contender in row.contenders()[:2]:
+        for tower in (contender.model.vision, contender.model.text):
+            last = tower.encoder.blocks[-1].mlp
+            last.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        contender.outputs(row.batch())
+    assert seen == [5, 11, 1, 1]
 
 
 def test_the_short_way_computes_less():
@@ -142,4 +197,4 @@ def test_bench_runs_without_transformers(row, monkeypatch, capsys):
 
 def test_the_rows():
     names = [row.name for row in bench.ROWS]
-    assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train"} <= set(names)
+    assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train", "clip-train"} <= set(names)

@@ -62,6 +62,15 @@ DRAWINGS = {
     ),
     "vilt_objectives": diagrams.vilt_objectives,
     "single_and_dual_stream": diagrams.single_and_dual_stream,
+    "attention_mask causal": lambda: diagrams.attention_mask(
+        np.tril(np.ones((5, 5), bool)), ["[CLS]", "a", "red", "cat", "[SEP]"], groups=["text"] * 5, title="causal mask"
+    ),
+    "clip_overview": diagrams.clip_overview,
+    "clip_overview words": lambda: diagrams.clip_overview(
+        np.zeros((3, 32, 64), np.uint8), words=("a", "white", "umbrella")
+    ),
+    **{f"clip_matrix {n}": lambda n=n: diagrams.clip_matrix(n) for n in (2, 4, 8)},
+    "zero_shot_diagram": diagrams.zero_shot_diagram,
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -233,10 +242,11 @@ def test_vilt_marks_what_lesson_01_did_not_have():
     assert [" ".join(text.split()) for text in new[27:]] == [*heads, "WPA, weight 0.1"]
 
 
-def test_vilt_shows_the_given_picture_and_words():
+@pytest.mark.parametrize("overview", [diagrams.vilt_overview, diagrams.clip_overview])
+def test_overviews_of_two_modalities_show_the_given_picture_and_words(overview):
     red = np.zeros((3, 64, 64), np.uint8)
     red[0] = 255
-    fig = diagrams.vilt_overview(red, words=("all", "is", "red"))
+    fig = overview(red, words=("all", "is", "red"))
     patches = [im.get_array() for im in fig.axes[0].images[1:]]
     assert len(patches) == 9 and all(patch.shape == (21, 21, 3) and (patch == (255, 0, 0)).all() for patch in patches)
     texts = [t.get_text() for t in words(fig)]
@@ -257,6 +267,75 @@ def test_half_the_pictures_of_the_second_pass_belong_to_other_texts():
 
 def test_lxmert_shares_its_cross_attention_and_nothing_else():
     assert boxes(diagrams.single_and_dual_stream(), shared=True) == ["cross-attention"] * 2
+
+
+def test_clip_marks_what_lessons_01_and_02_did_not_have():
+    new = [" ".join(text.split()) for text in boxes(diagrams.clip_overview(), new=True)]
+    causal = "causal blocks: a token looks at itself and those before it"
+    to_shared = ["linear D → E, no bias", "normalise: length 1"]
+    assert new == ["LayerNorm", causal, "[end]", *to_shared * 2, "times exp(t), t learned", "contrastive loss"]
+
+
+def test_clip_normalises_the_image_alone_before_the_blocks_and_its_class_token_alone_after_them():
+    fig = diagrams.clip_overview()
+    blocks = {t.get_text().split(":")[0]: extent(t) for t in words(fig)
+              if t.get_text().startswith(("causal blocks", "encoder blocks"))}  # fmt: skip
+    middle = blocks["encoder blocks"].y0
+    shapes = {p.get_gid(): p.get_window_extent() for p in fig.findobj(FancyBboxPatch) if p.get_gid()}
+    norms = [shapes[t.get_gid()] for t in words(fig) if t.get_text() in ("LayerNorm", "LN") and t.get_gid()]
+    before, after = [n for n in norms if n.y0 < middle], [n for n in norms if n.y0 > middle]
+    assert len(before) == 1 and before[0].x0 > blocks["causal blocks"].x1
+    text, image = sorted(after, key=lambda n: n.x0)
+    assert text.x1 < image.x0 and text.width > 300 and image.width < 40
+
+
+STRONG = to_rgb(diagrams.STRONG["fused"])
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_the_matrix_has_pictures_in_rows_texts_in_columns_and_true_pairs_on_the_diagonal(n):
+    fig = diagrams.clip_matrix(n)
+    texts = {t.get_text(): extent(t) for t in words(fig)}
+    digits = "₁₂₃₄₅₆₇₈"[:n]
+    true = [p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == STRONG]
+    assert len(true) == n
+    for cell, digit in zip(sorted(true, key=lambda cell: cell.x0), digits, strict=True):
+        row, column = texts[f"I{digit}"], texts[f"T{digit}"]
+        assert row.x1 < cell.x0 and cell.y0 < (row.y0 + row.y1) / 2 < cell.y1
+        assert column.y0 > cell.y1 and cell.x0 < (column.x0 + column.x1) / 2 < cell.x1
+    for a, b in itertools.product(digits, digits) if n <= 4 else ():
+        cell, row, column = texts[f"I{a}·T{b}"], texts[f"I{a}"], texts[f"T{b}"]
+        assert abs(cell.y0 + cell.y1 - row.y0 - row.y1) < 8 and abs(cell.x0 + cell.x1 - column.x0 - column.x1) < 8
+
+
+def test_a_row_is_a_pictures_choice_and_a_column_a_texts_and_the_papers_names_stand_with_them():
+    fig = diagrams.clip_matrix(4)
+    frames = {p.get_edgecolor()[:3]: p.get_window_extent() for p in fig.findobj(Rectangle) if not p.get_fill()}
+    row, column = frames[to_rgb(diagrams.EDGES["image"])], frames[to_rgb(diagrams.EDGES["text"])]
+    assert row.width > 3 * row.height and row.width > 3 * column.width and column.height > 3 * row.height
+    texts = {" ".join(t.get_text().split()): extent(t) for t in words(fig)}
+    at_row = texts["softmax along a row: each picture chooses a text"]
+    at_column = texts["softmax down a column: each text chooses a picture"]
+    assert at_row.x0 > row.x1 and row.y0 < (at_row.y0 + at_row.y1) / 2 < row.y1
+    assert at_column.y1 < column.y0 and at_column.x0 < (column.x0 + column.x1) / 2 < at_column.x1
+    names = {"called loss_t in the paper's code": ("cross-entropy over axis 1", at_row),
+             "called loss_i in the paper's code": ("cross-entropy over axis 0", at_column)}  # fmt: skip
+    for name, (loss, softmax) in names.items():  # one below the other
+        assert texts[name].y1 < texts[loss].y0 < texts[loss].y1 < softmax.y0
+        assert softmax.x0 < (texts[loss].x0 + texts[loss].x1) / 2 < softmax.x1
+
+
+def test_zero_shot_freezes_both_towers_and_takes_the_highest_share():
+    fig = diagrams.zero_shot_diagram()
+    shapes = fig.findobj(FancyBboxPatch)
+    frozen = {a.get_gid() for a, b in itertools.pairwise(shapes) if b.get_hatch()}
+    assert [t.get_text() for t in words(fig) if t.get_gid() in frozen] == ["text tower", "image tower"]
+    texts = {t.get_text(): extent(t) for t in words(fig)}
+    assert {f"a picture of a {name}" for name in ("house", "tree", "boat")} <= set(texts)
+    shares = {text: float(text.split()[1]) for text in texts if len(text.split()) == 2 and "0." in text}
+    assert sum(shares.values()) == pytest.approx(1)
+    best = texts[max(shares, key=shares.get)]
+    assert 0 < texts["best"].y0 - best.y1 < 12 and texts["best"].x0 < best.x1
 
 
 def marked(dots: Line2D, xs: list[float], ys: list[float]) -> set[tuple[int, int]]:
@@ -305,6 +384,10 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.block_masks({"all": SAME}, PAIR, ["text"]), "groups has 1 entries"),
         (lambda: diagrams.vilt_overview(words=("a", "house")), "three words"),
         (lambda: diagrams.vilt_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
+        (lambda: diagrams.clip_overview(words=("house",)), "three words"),
+        (lambda: diagrams.clip_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
+        (lambda: diagrams.clip_matrix(1), "choose n from 2 to 8"),
+        (lambda: diagrams.clip_matrix(9), "choose n from 2 to 8"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),
         (lambda: Canvas(20, 3), "8.2 at most"),
         (lambda: Canvas(3, 3).box(0, 0, 1, 1, modality="sound"), "no modality 'sound'"),

@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlp.layers import (
+    GELUS,
     MLP,
     Attention,
     Block,
     Encoder,
     MLMHead,
     PatchEmbed,
+    QuickGELU,
     TextEmbeddings,
     count_parameters,
     init_normal,
     patchify,
+    take_rows,
     to_float_pixels,
 )
 
@@ -99,6 +102,16 @@ def test_patch_embed_is_a_convolution():
 def test_patch_embed_reads_uint8_as_scaled_floats():
     images, embed = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), PatchEmbed(8, 3, 20)
     close(embed(images), embed(images / 127.5 - 1))
+
+
+def test_patch_embed_without_bias():
+    """CLIP's: a black picture of zeros leaves nothing, and what is left is the product alone."""
+    images, plain, biased = torch.randn(2, 3, 32, 48), PatchEmbed(8, 3, 20, bias=False), PatchEmbed(8, 3, 20)
+    assert plain.proj.bias is None and biased.proj.bias is not None  # a bias unasked
+    assert count_parameters(biased) - count_parameters(plain) == 20
+    assert not plain(torch.zeros(2, 3, 32, 48)).any() and biased(torch.zeros(2, 3, 32, 48)).any()
+    convolved = F.conv2d(images, plain.proj.weight.view(20, 3, 8, 8), stride=8)
+    close(plain(images), convolved.flatten(2).transpose(1, 2), 1e-5)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -208,10 +221,34 @@ def test_heads_must_divide_the_width():
 # --- MLP, block, encoder ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gelu", "expected"), [("exact", 0.8413447), ("tanh", 0.8411920)])
+def test_quick_gelu_by_hand():
+    """x / (1 + e^(-1.702 x)): at 1 that is 1 / (1 + 0.18232), at 2 2 / (1 + 0.03324), at -1 the first minus 1."""
+    got = QuickGELU()(torch.tensor([[-1.0, 0.0], [1.0, 2.0]]))
+    close(got, torch.tensor([[-0.1542042, 0.0], [0.8457958, 1.9356586]]))
+    x = torch.linspace(-6, 6, 1001)
+    apart = (QuickGELU()(x) - F.gelu(x)).abs().max()
+    assert 0.01 < apart < 0.03  # near the exact one, and not the same
+    assert (QuickGELU()(x) - F.silu(x)).abs().max() > 0.05  # which has no 1.702
+
+
+def test_gelus_by_name():
+    x = torch.linspace(-4, 4, 101)
+    expected = {"exact": F.gelu(x), "tanh": F.gelu(x, approximate="tanh"), "quick": x * torch.sigmoid(1.702 * x)}
+    assert set(GELUS) == set(expected)
+    for name, values in expected.items():
+        close(GELUS[name]()(x), values, 1e-7)
+        block, encoder = Block(8, 2, gelu=name), Encoder(8, 2, 2, gelu=name)
+        for mlp in (MLP(8, gelu=name), block.mlp, *(one.mlp for one in encoder.blocks)):
+            close(mlp.act(x), values, 1e-7)
+    assert (expected["exact"] - expected["tanh"]).abs().max() > 1e-4
+    close(MLP(8).act(x), expected["exact"], 1e-7)  # unasked
+
+
+@pytest.mark.parametrize(("gelu", "expected"), [("exact", 0.8413447), ("tanh", 0.8411920), ("quick", 0.8457958)])
 @torch.no_grad()
 def test_mlp_by_hand(gelu, expected):
-    """Width 1, hidden 2: 3 * GELU(1) - 1 * GELU(0) + 0.5, where GELU(1) is 0.84134 exactly, 0.84119 in tanh form."""
+    """Width 1, hidden 2: 3 * GELU(1) - 1 * GELU(0) + 0.5, where GELU(1) is 0.84134 exactly, 0.84119 in tanh form and
+    0.84580 in OpenAI's."""
     mlp = MLP(1, ratio=2, gelu=gelu)
     mlp.fc1.weight.copy_(torch.tensor([[1.0], [2.0]]))
     mlp.fc1.bias.copy_(torch.tensor([0.0, -2.0]))
@@ -280,6 +317,43 @@ def test_rows_obeys_a_mask():
     mask = torch.tensor([True, True, False, True, False]).view(1, 1, 1, 5)  # a padding mask: the same for each asker
     close(block(x, mask=mask, rows=1)[0], block(x, mask=mask)[0][:, :1])
     assert (block(x, rows=1)[0] - block(x, mask=mask, rows=1)[0]).abs().max() > 1e-3
+
+
+def test_take_rows_by_hand():
+    x = torch.arange(12).view(3, 4, 1)  # sequence b, place t: 4b + t
+    assert torch.equal(take_rows(x, None), x)
+    assert take_rows(x, 2)[..., 0].tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert take_rows(x, torch.tensor([2, 0, 3]))[..., 0].tolist() == [[2], [4], [11]]
+    assert take_rows(x, torch.tensor([1, 1, 1])).shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("masked", ["no", "padding", "causal"])
+def test_a_row_of_each_sequence_gives_the_same_numbers_and_gradients(norm, need_weights, masked):
+    block, x = shaken(Block(8, 2, norm=norm)), torch.randn(3, 5, 8)
+    rows, each, places = torch.tensor([4, 0, 2]), torch.arange(3), torch.arange(5)
+    full_mask = short_mask = None
+    if masked == "padding":  # (B, 1, 1, T), the same for each asker: fits the one row as it is
+        full_mask = short_mask = (places < torch.tensor([5, 3, 4])[:, None])[:, None, None]
+    if masked == "causal":  # of (T, T) each sequence needs the line of its own row
+        full_mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        short_mask = full_mask[rows][:, None, None]
+    full, full_weights = block(x, mask=full_mask, need_weights=need_weights)
+    target = torch.randn(3, 8)
+    gradients = [torch.autograd.grad((full[each, rows] * target).sum(), list(block.parameters()))]
+    short, weights = block(x, mask=short_mask, rows=rows, need_weights=need_weights)
+    assert short.shape == (3, 1, 8)
+    close(short[:, 0], full[each, rows], 1e-5)
+    gradients.append(torch.autograd.grad((short[:, 0] * target).sum(), list(block.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (weights is not None) == need_weights
+    if need_weights:
+        assert weights.shape == (3, 2, 1, 5)
+        close(weights[:, :, 0], full_weights[each, :, rows], 1e-5)
+    # The row of the first sequence, taken from all of them, would be another.
+    assert (full[each, rows] - full[:, rows[0]])[1:].abs().amax(-1).min() > 0.1
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from minivlp.layers import MLMHead
 from minivlp.losses import (
     IGNORE,
+    contrastive_loss,
     cosine_cost,
     ipot,
     masked_lm_loss,
+    next_words,
+    same_texts,
     transport_distance,
     word_patch_alignment,
     word_positions,
@@ -338,3 +341,187 @@ def test_alignment_is_float32_under_autocast():
     close(from_half, rounded)
     close(plan, ipot(coarse.float(), batch["words"], batch["patches"]))
     assert (coarse.float() - cosine_cost(batch["text"], batch["image"])).abs().max() > 1e-4
+
+
+# --- contrast --------------------------------------------------------------------------------------------------------
+
+# e to the logits of three pairs. The rows add up to 8, 20 and 20, the columns to 30, 6 and 12: the pictures choose
+# their texts with 6/8, 3/20 and 6/20, the texts their pictures with 6/30, 3/6 and 6/12.
+ODDS = torch.tensor([[6.0, 1.0, 1.0], [12.0, 3.0, 5.0], [12.0, 2.0, 6.0]])
+TO_TEXT = -(math.log(6 / 8) + math.log(3 / 20) + math.log(6 / 20)) / 3  # 1.1296
+TO_IMAGE = -(math.log(6 / 30) + math.log(3 / 6) + math.log(6 / 12)) / 3  # 0.9986
+
+
+def test_contrastive_loss_by_hand():
+    loss = contrastive_loss(ODDS.log())
+    assert loss.shape == () and loss.item() == pytest.approx((TO_TEXT + TO_IMAGE) / 2, abs=1e-6)
+    assert loss.item() == pytest.approx(1.0641, abs=1e-4)
+    whole = -(math.log(6 / 48) + math.log(3 / 48) + math.log(6 / 48)) / 3  # one softmax over all nine
+    sigmoid = F.binary_cross_entropy_with_logits(ODDS.log(), torch.eye(3)).item()
+    for wrong in (TO_TEXT, TO_IMAGE, TO_TEXT + TO_IMAGE, whole, sigmoid, (TO_TEXT + TO_IMAGE) * 3 / 2):
+        assert abs(loss.item() - wrong) > 0.04
+
+
+def test_contrastive_loss_gradient():
+    """(p_row + p_column - 2 I) / 2B: what is chosen wrongly goes down, the pair goes up, and the whole stays level."""
+    logits = torch.randn(5, 5, requires_grad=True)
+    contrastive_loss(logits).backward()
+    expected = (logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(5)) / 10
+    close(logits.grad, expected.detach())
+    assert torch.equal(logits.grad < 0, torch.eye(5).bool())
+    assert logits.grad.sum().abs() < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_logits_that_say_nothing_cost_ln_b(count):
+    for constant in (0.0, 14.3, -3.0):
+        logits = torch.full((count, count), constant)
+        for positives in (None, torch.eye(count).bool()):
+            assert contrastive_loss(logits, positives).item() == pytest.approx(math.log(count), abs=1e-5)
+
+
+def test_contrastive_loss_from_none_to_perfect():
+    """Chosen rightly it costs nothing; chosen wrongly with the same sureness it costs as much as the scale."""
+    right = 20 * torch.eye(4)
+    assert contrastive_loss(right).item() == pytest.approx(0, abs=1e-6)
+    assert contrastive_loss(right.roll(1, 0)).item() == pytest.approx(20, abs=1e-3)
+    assert contrastive_loss(right + 1000).item() == pytest.approx(0, abs=1e-6)  # only differences count
+
+
+def groups(*names: int) -> Tensor:
+    """Positives of pairs that belong together when their number is the same: (B, B)."""
+    number = torch.tensor(names)
+    return number[:, None] == number
+
+
+@pytest.mark.parametrize("positives", [None, groups(0, 1, 0, 2, 1, 0)])
+def test_pictures_and_texts_may_change_places(positives):
+    logits = torch.randn(6, 6) * 3
+    close(contrastive_loss(logits.T, positives), contrastive_loss(logits, positives))
+    skew = torch.rand(6, 6) < 0.5
+    skew.fill_diagonal_(True)
+    close(contrastive_loss(logits.T, skew.T), contrastive_loss(logits, skew))
+    assert (contrastive_loss(logits, skew.T) - contrastive_loss(logits, skew)).abs() > 0.01
+
+
+def test_the_order_of_the_pairs_does_not_count():
+    logits, order, positives = torch.randn(6, 6) * 3, torch.tensor([3, 0, 5, 1, 2, 4]), groups(0, 1, 0, 2, 1, 0)
+    close(contrastive_loss(logits[order][:, order]), contrastive_loss(logits))
+    shuffled = positives[order][:, order]
+    close(contrastive_loss(logits[order][:, order], shuffled), contrastive_loss(logits, positives))
+    assert (contrastive_loss(logits[order]) - contrastive_loss(logits)).abs() > 0.1  # pictures alone: other pairs
+
+
+def test_no_repeats_is_the_plain_loss():
+    logits = (torch.randn(6, 6) * 3).requires_grad_()
+    plain = contrastive_loss(logits)
+    for positives in (torch.eye(6).bool(), torch.eye(6)):
+        shared = contrastive_loss(logits, positives)
+        close(shared, plain)
+        close(torch.autograd.grad(shared, logits, retain_graph=True)[0],
+              torch.autograd.grad(plain, logits, retain_graph=True)[0])  # fmt: skip
+
+
+def test_shared_targets_by_hand():
+    """Picture 0 belongs with texts 0 and 1, picture 1 with text 1 alone: each direction has its own shares."""
+    positives = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]).bool()
+    to_text = -((math.log(6 / 8) + math.log(1 / 8)) / 2 + math.log(3 / 20) + math.log(6 / 20)) / 3
+    to_image = -(math.log(6 / 30) + (math.log(1 / 6) + math.log(3 / 6)) / 2 + math.log(6 / 12)) / 3
+    logits = ODDS.log()
+    loss = contrastive_loss(logits, positives)
+    assert loss.item() == pytest.approx((to_text + to_image) / 2, abs=1e-6)
+    p = positives.float()
+    rows, columns = p / p.sum(1, keepdim=True), p / p.sum(0, keepdim=True)
+    ours = F.cross_entropy(logits, rows), F.cross_entropy(logits.T, columns.T)
+    close(sum(ours) / 2, loss)
+    wrong = {
+        "one direction": ours[0],
+        "not shared out": (F.cross_entropy(logits, p) + F.cross_entropy(logits.T, p.T)) / 2,
+        "rows' shares in the columns": (ours[0] + F.cross_entropy(logits.T, rows.T)) / 2,
+        "columns' shares in the rows": (F.cross_entropy(logits, columns) + ours[1]) / 2,
+        "not transposed": (ours[0] + F.cross_entropy(logits.T, rows)) / 2,
+        "the diagonal alone": contrastive_loss(logits),
+    }
+    for name, other in wrong.items():
+        assert (loss - other).abs() > 0.02, name
+
+
+def test_two_pairs_with_one_caption_are_not_pushed_apart():
+    """Pairs 0 and 1 have the same text. Plain, picture 0 is driven from text 1 for ever, though it is its own text."""
+    positives, logits = groups(0, 0, 1), torch.zeros(3, 3, requires_grad=True)
+    plain, = torch.autograd.grad(contrastive_loss(logits), logits)
+    shared, = torch.autograd.grad(contrastive_loss(logits, positives), logits)
+    assert plain[0, 1] > 0.05 and plain[1, 0] > 0.05  # a step down lowers these scores
+    assert shared[0, 1] < -0.05 and shared[1, 0] < -0.05  # and raises them
+    close(shared[0, 1], shared[0, 0])
+    assert (shared[~positives] > 0.05).all()
+    # When all that belongs together scores alike and high, nothing is left to do; plain it goes on pulling.
+    done = (30.0 * positives).requires_grad_()
+    assert torch.autograd.grad(contrastive_loss(done, positives), done)[0].abs().max() < 1e-6
+    assert torch.autograd.grad(contrastive_loss(done), done)[0][0, 1] > 0.1
+
+
+def test_the_floor_with_repeats_is_the_entropy_of_the_targets():
+    """Two of three pairs choose between two equal captions: 2/3 ln 2 is as low as it gets, not 0."""
+    positives = groups(0, 0, 1)
+    floor = 2 / 3 * math.log(2)
+    assert contrastive_loss(40.0 * positives, positives).item() == pytest.approx(floor, abs=1e-5)
+    assert contrastive_loss(40 * torch.eye(3), positives).item() > floor + 1  # sure of one of the two costs more
+
+
+def test_contrastive_loss_is_float32():
+    logits = torch.randn(6, 6).bfloat16() * 20
+    for positives in (None, groups(0, 1, 0, 2, 1, 0)):
+        loss = contrastive_loss(logits, positives)
+        assert loss.dtype == torch.float32
+        close(loss, contrastive_loss(logits.float(), positives))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            close(contrastive_loss(logits, positives), loss)
+
+
+# --- which texts are the same, which word comes next -----------------------------------------------------------------
+
+
+def test_same_texts_by_hand():
+    ids = torch.tensor([
+        [2, 5, 6, 3, 0],
+        [2, 5, 6, 7, 3],  # longer
+        [2, 6, 5, 3, 0],  # the same words in another order
+        [2, 5, 6, 3, 0],  # the first again
+        [2, 5, 3, 0, 0],  # the beginning of the first
+    ])  # fmt: skip
+    same = same_texts(ids)
+    assert same.dtype == torch.bool and same.shape == (5, 5)
+    assert [tuple(pair) for pair in same.nonzero().tolist()] == [(0, 0), (0, 3), (1, 1), (2, 2), (3, 0), (3, 3), (4, 4)]
+    assert same_texts(ids[:1]).tolist() == [[True]]
+
+
+def test_same_texts_are_positives():
+    ids, logits = torch.tensor([[4, 3], [5, 3], [4, 3]]), torch.randn(3, 3)
+    close(contrastive_loss(logits, same_texts(ids)), contrastive_loss(logits, groups(0, 1, 0)))
+    close(contrastive_loss(logits, same_texts(torch.tensor([[4], [5], [6]]))), contrastive_loss(logits))
+
+
+def test_next_words_by_hand():
+    ids = torch.tensor([[2, 8, 9, 7, 3], [2, 8, 3, 0, 0], [2, 3, 0, 0, 0]])
+    mask, kept = ids > 0, ids.clone()
+    labels = next_words(ids, mask)
+    X = IGNORE
+    assert labels.tolist() == [[8, 9, 7, 3, X], [8, 3, X, X, X], [3, X, X, X, X]]  # the end is a word to foretell too
+    assert torch.equal(ids, kept) and labels.dtype == ids.dtype
+    assert next_words(ids, torch.ones_like(mask))[2].tolist() == [3, 0, 0, 0, X]  # without a mask padding is asked
+    assert next_words(ids[:, :1], mask[:, :1]).tolist() == [[X]] * 3
+
+
+def test_next_words_teach_a_model_that_reads_from_the_left():
+    """A head that knows which token follows each costs nothing; one that repeats the token itself costs much."""
+    ids = torch.tensor([[2, 8, 9, 7, 3], [2, 8, 9, 3, 0]])
+    follows = {2: 8, 8: 9, 9: 7, 7: 3}
+    table = torch.zeros(10, 10)
+    for one, after in follows.items():
+        table[one, after] = 30
+    labels, states = next_words(ids, ids > 0), F.one_hot(ids, 10).float()
+    assert masked_lm_loss(lambda x: x @ table, states[:1], labels[:1]).item() == pytest.approx(0, abs=1e-6)
+    # In the second text 9 is followed by 3: one word of three is foretold wrongly, with a sureness of 30.
+    assert masked_lm_loss(lambda x: x @ table, states[1:], labels[1:]).item() == pytest.approx(10, abs=1e-3)
+    assert masked_lm_loss(lambda x: 30 * x, states, labels).item() > 20

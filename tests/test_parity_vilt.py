@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from parity_helpers import (
+    TOLERANCE,
+    assert_close,
+    assert_differ,
+    edit,
+    edit_config,
+    edit_file,
+    message,
+    random_pictures,
+    randomise,
+    saved,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minivlp.layers import count_parameters
-from minivlp.pretrained import CheckpointError, from_hf, pad_pictures, preprocess_aspect, vilt_from_hf
+from minivlp.pretrained import from_hf, pad_pictures, preprocess_aspect, vilt_from_hf
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-TOLERANCE = 1e-5
 WORDS = 50
 
 BASE = dict(
@@ -45,34 +54,12 @@ VARIANTS = {
 }
 
 
-def randomise(model):
-    """Every parameter drawn anew, so that nothing stays zero, one or equal to its neighbour by chance.
-
-    Matrices get std 0.1, so that attention is far from uniform in a model this narrow.
-    """
-    generator = torch.Generator().manual_seed(0)
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.LayerNorm)}
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_norm = id(parameter) in norms
-        parameter.data = 1 + 0.1 * noise if is_norm else noise * (0.1 if parameter.ndim > 1 else 0.02)
-    return model.eval()
-
-
 def reference(kind="ForMaskedLM", **options):
     return randomise(getattr(transformers, f"Vilt{kind}")(transformers.ViltConfig(**(BASE | options))))
 
 
-def saved(theirs, folder):
-    theirs.save_pretrained(folder)
-    return from_hf(folder)
-
-
-def pictures(model, *, seed=0, count=3):
-    config = model.config
-    side = config.image_size
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, config.num_channels, side, side, generator=generator).clamp(-1, 1)
+def pictures(model, *, seed=0):
+    return random_pictures(model.config.image_size, model.config.num_channels, seed=seed)
 
 
 def texts(*, seed=0, lengths=(9, 6, 3)):
@@ -90,10 +77,6 @@ def call(theirs, images, ids, mask, image_mask=None):
     return theirs(input_ids=ids, attention_mask=mask.long(), pixel_values=images, pixel_mask=image_mask)
 
 
-def assert_close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
-
-
 def assert_same_rows(ours, theirs):
     """The same rows in another order: (N, D) twice, each row of ours with its own nearest row of theirs."""
     assert ours.shape == theirs.shape
@@ -103,11 +86,6 @@ def assert_same_rows(ours, theirs):
     assert_close(ours, theirs[nearest])
     if len(ours) > 1:  # rows that hardly differ would find each other in any case
         assert distance.topk(2, dim=1, largest=False).values[:, 1].min() > 100 * TOLERANCE
-
-
-def assert_differ(one, other):
-    """No item of the batch stays as it was: (B, ...) twice."""
-    assert ((one - other).abs().flatten(1).amax(dim=1) > 100 * TOLERANCE).all()
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
@@ -419,31 +397,6 @@ def test_a_new_answer_head_of_any_size(kind, tmp_path):
 
 
 # --- what can be wrong -----------------------------------------------------------------------------------------------
-
-
-def edit_file(folder, changes):
-    """Set tensors of a saved model, or with None take them out."""
-    weights = load_file(folder / "model.safetensors") | changes
-    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit(theirs, folder, changes):
-    theirs.save_pretrained(folder)
-    edit_file(folder, changes)
-
-
-def edit_config(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def message(folder):
-    with pytest.raises(CheckpointError) as caught:
-        from_hf(folder)
-    text = str(caught.value)
-    assert "\n" not in text and ":" in text and 20 < len(text) < 500, text
-    return text
 
 
 TEXT = "vilt.embeddings.text_embeddings."

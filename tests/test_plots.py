@@ -40,6 +40,8 @@ TIMES = {
     "linear patches": {"image embedding": 0.4, "blocks": 12.3},
     "small ResNet": {"image embedding": 8.0, "region features": 20, "blocks": 12.5},
 }
+SHOTS = [1, 2, 4, 8, 16, 32]
+PROBE = np.linspace(0.3, 0.9, 6)[:, None] + 0.02 * RNG.normal(size=(6, 5))  # (shots, seeds)
 BLOCKS = np.array([[0.9, 0.1, 0.02, 0.98], [0.4, 0.6, 1, 0], [0.5, 0.5, 0.5, 0.5]])  # (layers, 4)
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
@@ -65,6 +67,9 @@ PLOTS = {
         xlabel="pictures",
         ylabel="accuracy",
     ),
+    "crossing, shots": lambda: plots.crossing(
+        SHOTS, {"linear probe": PROBE}, xlabel="pictures per class", ylabel="accuracy", hline=(0.62, "zero-shot")
+    ),
     "bars": lambda: plots.ablation_bars(
         seeds(["none", "1d", "2d"]), ylabel="accuracy", chance=1 / 12, paper={"1d": 0.64}
     ),
@@ -75,6 +80,33 @@ PLOTS = {
     "similarity, 16": lambda: plots.similarity_matrix(RNG.normal(size=(16, 16)), CAPTIONS[:16], CAPTIONS[:16]),
     "similarity, 64": lambda: plots.similarity_matrix(torch.randn(64, 64).bfloat16(), range(64), range(64), title="t"),
     "similarity, one row": lambda: plots.similarity_matrix([[0.1, 0.9]], ["x"], ["a", "b"], title="t"),
+    "similarity, short labels": lambda: plots.similarity_matrix(
+        RNG.normal(size=(8, 8)), None, ["a cat", "a small red car", "four houses", "a dog and a cat on the snow"] * 2
+    ),
+    "pairs": lambda: plots.picture_text_matrix(RNG.normal(size=(8, 8)), PICTURES[:8], CAPTIONS[:8], title=LONG * 2),
+    "pairs, short": lambda: plots.picture_text_matrix(
+        np.eye(8) - 0.5, PICTURES[:8].float() / 127.5 - 1, ["a cat", "two small red cats"] * 4, bar="cosine"
+    ),
+    "pairs, 20": lambda: plots.picture_text_matrix(torch.eye(20), PICTURES[:20], (CAPTIONS * 2)[:20], title="t"),
+    "pairs, one picture": lambda: plots.picture_text_matrix(
+        [[0.7, 0.2, 0.1]], [Image.new("RGB", (40, 20))], ["house", "tree", "boat"], diagonal=False, bar="probability"
+    ),
+    "over time": lambda: plots.similarity_over_time(
+        RNG.normal(size=(3, 32, 32)), ["start", "step 400", "end, after 2,000 steps of training"], title=LONG
+    ),
+    "over time, wide": lambda: plots.similarity_over_time(
+        [torch.randn(4, 12).bfloat16() * 1000] * 5, [LONG] * 5, axes=("classes", "pictures"), bar="logit"
+    ),
+    "over time, one": lambda: plots.similarity_over_time([np.eye(3)], ["start"]),
+    "ranked": lambda: plots.ranked_pictures(
+        [LONG, "umbrella", LONG * 3], PICTURES, torch.arange(15).view(3, 5), truth=[2, 23, [10, 14]], title=LONG * 2
+    ),
+    "ranked, ten": lambda: plots.ranked_pictures(
+        [LONG * 2] * 3, PICTURES, np.arange(24).repeat(2)[:30].reshape(3, 10), truth=[20, 21, 22]
+    ),
+    "ranked, mixed shapes": lambda: plots.ranked_pictures(
+        ["$1 or $2 of a_b"] * 2, [Image.new("RGB", (40, 20)), Image.new("RGB", (20, 40))], [[0, 1], [1, 0]]
+    ),
     "confusion": lambda: plots.confusion(RNG.integers(0, 90, (12, 12)), KINDS, title="t"),
     "confusion, empty class": lambda: plots.confusion(np.array([[3, 1], [0, 0]]), ["swapped", "as it was"]),
     "overlay": lambda: plots.attention_overlay(PICTURES[0], shares(4, 4, 4), titles=["block 1"] * 4, title="t"),
@@ -212,6 +244,87 @@ def test_a_cut_axis_says_so_and_long_labels_lie_flat():
     assert flat.axes[0].get_xlabel() == "accuracy" and flat.axes[0].get_ylim()[0] > flat.axes[0].get_ylim()[1]
 
 
+def test_a_level_crosses_curves_over_doubled_numbers_of_shots():
+    ax = plots.crossing(SHOTS, {"linear probe": PROBE}, xlabel="", ylabel="", hline=(0.62, "zero-shot")).axes[0]
+    assert ax.get_xscale() == "log" and list(ax.get_xticks()) == SHOTS
+    assert [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"] == [[0.62, 0.62]]
+    assert {"zero-shot", "linear probe", *map(str, SHOTS)} <= {t.get_text() for t in words(ax.figure)}
+
+
+def test_pictures_stand_beside_their_rows_and_frames_on_the_diagonal():
+    scores = RNG.normal(size=(3, 5))
+    fig = plots.picture_text_matrix(scores, PICTURES[:3], KINDS[:5])
+    ax = fig.axes[0]
+    heat, *shown = ax.images
+    np.testing.assert_array_equal(heat.get_array(), scores)
+    for r, image in enumerate(shown):
+        np.testing.assert_array_equal(image.get_array(), plots.picture(PICTURES[r]))
+        left, right, low, high = image.get_extent()
+        assert left < right < -0.5 and (low + high) / 2 == pytest.approx(r) and 0.8 < low - high < 1
+        box = image.get_window_extent()
+        assert box.width == pytest.approx(box.height) and box.x0 > 0
+    assert len(shown) == 3
+    frames = [p.get_bbox().bounds for p in ax.patches if to_hex(p.get_edgecolor()).upper() == plots.ORANGE]
+    assert frames == [(i - 0.5, i - 0.5, 1, 1) for i in range(3)]
+    texts = [t.get_text() for t in words(fig)]
+    assert {"pictures", "texts", "similarity", *KINDS[:5], *(f"{v:.2f}" for v in scores.flat)} <= set(texts)
+    bare = plots.picture_text_matrix(scores, PICTURES[:3], KINDS[:5], numbers=False, diagonal=False)
+    assert not [t for t in bare.axes[0].texts if t.get_text()] and not bare.axes[0].patches
+
+
+def test_cells_print_no_negative_zero():
+    texts = [t.get_text() for t in words(plots.similarity_matrix([[-0.001, -0.006], [0.004, 0.25]]))]
+    assert {"0.00", "-0.01", "0.25"} <= set(texts) and "-0.00" not in texts
+
+
+def test_short_texts_over_columns_are_wrapped_and_long_ones_turned():
+    def labels(texts: list[str]) -> list[Text]:
+        return plots.picture_text_matrix(np.eye(8), PICTURES[:8], texts).axes[0].get_xticklabels()
+
+    upright = labels(["a small red car on the snow"] * 8)
+    assert {t.get_rotation() for t in upright} == {0} and upright[0].get_text().count("\n") >= 2
+    assert " ".join(upright[0].get_text().split()) == "a small red car on the snow"
+    assert {t.get_rotation() for t in labels(["a cat"] * 7 + [LONG])} == {90}
+    assert {t.get_rotation() for t in labels(["a cat"] * 7 + ["an unbelievable cat"])} == {90}
+
+
+def test_matrices_over_time_share_one_scale_and_one_bar():
+    matrices = [np.full((4, 4), v) + 0.1 * np.eye(4) for v in (0.0, 0.3, -0.2)]
+    fig = plots.similarity_over_time(matrices, ["start", "middle", "end"])
+    panels = [ax for ax in fig.axes if ax.images]
+    assert len(panels) == 3 and len(fig.axes) == 4
+    for ax, m in zip(panels, matrices, strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), m)
+        assert ax.images[0].get_clim() == pytest.approx((-0.2, 0.4))
+        box = ax.get_window_extent()
+        assert box.width == pytest.approx(box.height)
+    assert {"start", "middle", "end", "pictures", "texts", "similarity"} <= {t.get_text() for t in words(fig)}
+
+
+def test_ranked_pictures_stand_in_the_order_of_the_ranking_and_the_true_ones_are_framed():
+    order = np.array([[7, 3, 5], [1, 0, 2], [9, 8, 4]])
+    fig = plots.ranked_pictures(["one", LONG, "three"], PICTURES, order, truth=[5, [0, 2], 6])
+    ax = fig.axes[0]
+    assert len(ax.images) == 9
+    for image, i in zip(ax.images, order.flat, strict=True):
+        np.testing.assert_array_equal(image.get_array(), plots.picture(PICTURES[i]))
+    places = [image.get_extent() for image in ax.images]  # (left, right, low, high)
+    assert all(a[1] < b[0] and a[2] == b[2] for a, b in itertools.pairwise(places) if a[3] == b[3])
+    assert len({place[3] for place in places}) == 3 and places[0][2] > places[3][3] > places[6][3]
+    frames = [p for p in ax.patches if not p.get_fill()]
+    assert {to_hex(p.get_edgecolor()).upper() for p in frames} == {plots.RIGHT.upper()}
+    framed = [np.argmin([abs(p.get_x() - left) + abs(p.get_y() - low) for left, _, low, _ in places]) for p in frames]
+    assert framed == [2, 4, 5]
+    texts = {t.get_text(): t.get_position()[1] for t in words(fig)}
+    missing = [y for text, y in texts.items() if "none of these belongs" in text]
+    assert len(missing) == 1 and places[6][2] < missing[0] < places[6][3]
+    assert [place for place in ("best: 1", "2", "3") if place in texts] == ["best: 1", "2", "3"]
+    (sentence,) = [text for text in texts if text.startswith("a small red")]
+    assert "\n" in sentence and " ".join(sentence.split()) == LONG
+    bare = plots.ranked_pictures(["one"], PICTURES, order[:1])
+    assert not bare.axes[0].patches and not any("belongs" in t.get_text() for t in words(bare))
+
+
 def test_confusion_colours_shares_of_the_row_and_prints_counts():
     fig = plots.confusion(np.array([[30, 10], [0, 5]]), ["cat", "dog"])
     np.testing.assert_allclose(fig.axes[0].images[0].get_array(), [[0.75, 0.25], [0, 1]])
@@ -336,6 +449,20 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.ablation_bars({"a": [1.0]}, ylabel="", paper={"b": 1.0}), "'b' is not among the groups"),
         (lambda: plots.similarity_matrix(np.zeros(4)), "must have 2 dimensions"),
         (lambda: plots.similarity_matrix(np.zeros((2, 3)), ["a"]), "row_labels has 1 entries for 2 rows"),
+        (lambda: plots.picture_text_matrix(np.zeros(4), PICTURES, CAPTIONS), "scores must have 2 dimensions"),
+        (lambda: plots.picture_text_matrix(np.eye(3), PICTURES, ["a"] * 3), "images has 24 entries for 3 rows"),
+        (lambda: plots.picture_text_matrix(np.eye(24), PICTURES, ["a"]), "texts has 1 entries for 24 columns"),
+        (lambda: plots.similarity_over_time([], []), "matrices is empty"),
+        (lambda: plots.similarity_over_time([np.eye(2)], []), "titles has 0 entries for 1 matrices"),
+        (lambda: plots.similarity_over_time([np.eye(2), np.eye(3)], ["a", "b"]), r"\[1\] has the shape \(3, 3\)"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [1, 2]), "rankings must have 2 dimensions"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [[1], [2]]), "rankings has 2 entries for 1 queries"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [[1]], truth=[1, 2]), "truth has 2 entries for 1 queries"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [range(11)]), "the best 1 to 10"),
+        (lambda: plots.ranked_pictures([], PICTURES, np.zeros((0, 3), int)), "one query at least"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [[24]]), "indices from 0 to 23, of 24 pictures"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [[-1]]), "indices from 0 to 23"),
+        (lambda: plots.ranked_pictures(["a"], PICTURES, [[0.5]]), "indices from 0 to 23"),
         (lambda: plots.confusion(np.zeros((2, 3)), ["a", "b"]), r"shape \(2, 2\)"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((4, 4))), "3 or 4 dimensions"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((2, 4, 4)), titles=["a"]), "titles has 1 entries"),
