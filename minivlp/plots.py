@@ -410,7 +410,11 @@ def curves(
     if hline is not None:
         _level(ax, *hline)
     if not alone:
-        ax.legend()
+        handles, labels = ax.get_legend_handles_labels()
+        if len(labels) <= 4:
+            ax.legend()
+        else:  # too many to find a free place between the curves
+            fig.legend(handles, labels, loc="outside lower right", ncols=2)
     return fig
 
 
