@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from minivlp import DATA, diagrams, record
-from minivlp.lessons import vilt, vit
+from minivlp.lessons import clip, vilt, vit
 from minivlp.notebooks import ROOT
 from minivlp.record import RecordError
 
 torch.set_num_threads(1)
-LESSONS = {"01_vit": vit, "02_vilt": vilt}
+LESSONS = {"01_vit": vit, "02_vilt": vilt, "03_clip": clip}
 PAGE = """<!-- board --><!-- end -->
 | one | <!-- headline 09_toy -->old<!-- end --> | two | <!-- headline 10_next -->old<!-- end --> |
 <!-- scoreboard -->
@@ -250,21 +250,29 @@ def test_a_clock_scales_a_few_steps_of_the_main_recipe_to_all(name, monkeypatch)
 
     stopped = ""
     monkeypatch.setattr(lesson, "fit", fit)
-    monkeypatch.setattr(lesson, "Batches", Steps)
+    monkeypatch.setattr(lesson, "Batches", Steps, raising=False)  # where a lesson has them
     pages = SimpleNamespace(images=torch.zeros(1000, 1), captions=[("short", "full")] * 1000, scenes=[])
     if lesson is vit:
         monkeypatch.setattr(lesson, "examples", lambda *_, **__: ())
     else:
-        monkeypatch.setattr(lesson, "ViLTBatches", Steps)
+        monkeypatch.setattr(lesson, "ViLTBatches" if lesson is vilt else "CLIPBatches", Steps)
         monkeypatch.setattr(lesson, "pairs", lambda *_: pages)
-        monkeypatch.setattr(lesson, "begin" if lesson is vilt else "build", lambda _: torch.nn.Linear(1, 1))
+        monkeypatch.setattr(lesson, "begin", lambda _: torch.nn.Linear(1, 1))
         asked = []
-        monkeypatch.setattr(lesson, "match_table", lambda _, images, texts: asked.append((len(images), texts)))
+        if lesson is vilt:
+            monkeypatch.setattr(lesson, "match_table", lambda _, images, texts: asked.append((len(images), texts)))
+        else:
+            monkeypatch.setattr(lesson, "retrieval", asked.append)
     found = lesson.clock(torch.device("cpu"))
     assert found["training seconds"] == pytest.approx(2.0 * main.steps / len(steps))
     assert set(found) == {source for source in lesson.BOARD.values() if isinstance(source, str)} - {"parameters"}
     if lesson is vit:
         assert steps == list(range(60))
+    elif lesson is clip:
+        assert steps == list(range(40)) and len(asked) == 2  # once to warm up
+        clocks = iter([10.0, 10.5])
+        monkeypatch.setattr(lesson.time, "perf_counter", lambda: next(clocks))
+        assert lesson.clock(torch.device("cpu"))["ms for 1,000 x 1,000 pairs"] == pytest.approx(500)
     else:
         assert len(steps) == 40 and {b - a for a, b in pairwise(steps)} <= {main.steps // 40, -(-main.steps // 40)}
         share = sum(step < main.first * main.steps for step in steps) / 40
