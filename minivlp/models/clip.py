@@ -184,16 +184,16 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (B, C, H, W) -> vectors of length 1, (B, E)."""
-        return F.normalize(self.image_projection(self.vision(images)[0]), dim=-1)
+        return F.normalize(self.image_projection(self.vision(images)[0]).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Texts (B, L) -> vectors of length 1, (B, E)."""
-        return F.normalize(self.text_projection(self.text(ids)[0]), dim=-1)
+        return F.normalize(self.text_projection(self.text(ids)[0]).float(), dim=-1)
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """images (B, C, H, W), ids (B', L) -> logits exp(t) * cosine, **a row for each picture** (B, B'), and by name
         "image" (B, E) and "text" (B', E), the vectors of length 1."""
-        image, text = self.encode_image(images).float(), self.encode_text(ids).float()
+        image, text = self.encode_image(images), self.encode_text(ids)
         with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for logits up to 100
             logits = self.logit_scale.exp() * image @ text.T
         return logits, {"image": image, "text": text}
