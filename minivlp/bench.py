@@ -16,7 +16,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlp.layers import take_rows
+from minivlp.layers import Encoder, take_rows
 from minivlp.losses import IGNORE, contrastive_loss, word_positions
 from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
+from minivlp.models.flip import FLIP, FLIPConfig, FLIPVision, random_masking
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
-from minivlp.pretrained import from_hf, rename
+from minivlp.pretrained import TRUNK_NAMES, from_hf, join_trunk, rename
 
 Batch = tuple[Tensor, ...]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -54,6 +55,7 @@ class Row:
     contenders: Callable[[], list[Contender]]
     batch: Callable[[], Batch]
     loss: Callable[[Any, Batch], Tensor] | None  # (outputs, batch) -> scalar; None: forward alone, without gradients
+    update: bool = True  # whether AdamW's part of the step is timed too
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -87,17 +89,23 @@ class TorchViT(nn.Module):
         self.patch_embed.bias.copy_(ours.embed.patch_embed.proj.bias)
         self.cls_token.copy_(ours.embed.cls_token)
         self.pos_embed.copy_(ours.embed.pos_embed)
-        for layer, block in zip(self.encoder.layers, ours.encoder.blocks, strict=True):
-            layer.self_attn.in_proj_weight.copy_(torch.cat([block.attn.q.weight, block.attn.kv.weight]))
-            layer.self_attn.in_proj_bias.copy_(torch.cat([block.attn.q.bias, block.attn.kv.bias]))
-            layer.self_attn.out_proj.load_state_dict(block.attn.proj.state_dict())
-            layer.linear1.load_state_dict(block.mlp.fc1.state_dict())
-            layer.linear2.load_state_dict(block.mlp.fc2.state_dict())
-            layer.norm1.load_state_dict(block.norm1.state_dict())
-            layer.norm2.load_state_dict(block.norm2.state_dict())
-        self.encoder.norm.load_state_dict(ours.encoder.norm.state_dict())
+        copy_encoder(self.encoder, ours.encoder)
         self.head.load_state_dict(ours.head.state_dict())
         return self
+
+
+@torch.no_grad()
+def copy_encoder(theirs: nn.TransformerEncoder, ours: Encoder) -> None:
+    """Give torch's encoder, built at the same sizes with `norm_first`, the weights of ours."""
+    for layer, block in zip(theirs.layers, ours.blocks, strict=True):
+        layer.self_attn.in_proj_weight.copy_(torch.cat([block.attn.q.weight, block.attn.kv.weight]))
+        layer.self_attn.in_proj_bias.copy_(torch.cat([block.attn.q.bias, block.attn.kv.bias]))
+        layer.self_attn.out_proj.load_state_dict(block.attn.proj.state_dict())
+        layer.linear1.load_state_dict(block.mlp.fc1.state_dict())
+        layer.linear2.load_state_dict(block.mlp.fc2.state_dict())
+        layer.norm1.load_state_dict(block.norm1.state_dict())
+        layer.norm2.load_state_dict(block.norm2.state_dict())
+    theirs.norm.load_state_dict(ours.norm.state_dict())
 
 
 def every_token(model: ViT, images: Tensor) -> Tensor:
@@ -322,9 +330,9 @@ def every_token_of_both(model: CLIP, images: Tensor, ids: Tensor) -> tuple[Tenso
     return model.logit_scale.exp() * image @ words.T, image, words
 
 
-def clip_outputs(model: CLIP, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def clip_outputs(model: CLIP, images: Tensor, ids: Tensor, **options: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What all contenders must agree on: logits (B, B), and of pictures and texts the vectors of length 1, (B, E)."""
-    logits, named = model(images, ids)
+    logits, named = model(images, ids, **options)
     return logits, named["image"], named["text"]
 
 
@@ -405,27 +413,47 @@ OPEN_CLIP_NAMES = (
 )
 
 
-def open_clip_from(ours: CLIP) -> nn.Module:
-    """The class of open_clip (3.3 was tried) at the sizes of our model and with its weights."""
+def open_clip_from(ours: CLIP, *, ratio: float = 0.0) -> nn.Module:
+    """The class of open_clip (3.3 was tried) at the sizes of our CLIP or FLIP and with its weights.
+
+    A FLIP has its own kind of patches there (open_clip's have no bias) and its fixed positions, as open_clip computes
+    them; in training mode it drops `ratio` of the patches. With pool="mean" open_clip's picture is not pooled: all
+    final states, each projected. It knows no padding: texts must fill `max_text`.
+    """
     from open_clip.model import CLIP as OpenCLIP  # this file alone knows it, and only if it is there
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     c = ours.config
-    vision = CLIPVisionCfg(
+    flip = isinstance(c, FLIPConfig)
+    vision = dict(
         layers=c.image_depth, width=c.image_width, head_width=c.image_width // c.image_heads, mlp_ratio=c.mlp_ratio,
-        patch_size=c.patch_size, image_size=c.image_size, norm_kwargs=dict(eps=c.eps),
+        patch_size=c.patch_size, image_size=c.image_size,
     )  # fmt: skip
-    text = CLIPTextCfg(
+    text = dict(
         context_length=c.max_text, vocab_size=c.vocab_size, width=c.text_width, heads=c.text_heads,
-        layers=c.text_depth, mlp_ratio=c.mlp_ratio, pool_type="eos", eos_id=c.eot_id, norm_kwargs=dict(eps=c.eps),
+        layers=c.text_depth, mlp_ratio=c.mlp_ratio, pool_type="eos", eos_id=c.eot_id,
     )  # fmt: skip
-    theirs = OpenCLIP(c.embed_dim, vision, text, quick_gelu=c.gelu == "quick")
+    if flip:
+        pool = {"mean": "none", "patches": "avg", "cls": "tok"}[c.pool]
+        positions = {"sincos": "sin_cos_2d", "learned": "learnable"}[c.position]
+        vision |= dict(no_ln_pre=True, pos_embed_type=positions, pool_type=pool, patch_dropout=ratio)
+        text |= dict(no_causal_mask=True, pool_type="first")
+    both = dict(norm_kwargs=dict(eps=c.eps), act_kwargs=dict(approximate="tanh") if c.gelu == "tanh" else None)
+    theirs = OpenCLIP(
+        c.embed_dim, CLIPVisionCfg(**vision, **both), CLIPTextCfg(**text, **both), quick_gelu=c.gelu == "quick"
+    )
     weights = rename(ours.state_dict(), OPEN_CLIP_NAMES)
     for name in [name for name in weights if ".attn.q." in name]:
         joined = name.replace(".attn.q.", ".attn.in_proj_")
         weights[joined] = torch.cat([weights.pop(name), weights.pop(name.replace(".attn.q.", ".attn.kv."))])
     for name in ("text_projection", "visual.proj"):
         weights[name] = weights[name].T
+    if flip:
+        table = theirs.visual.positional_embedding.detach()  # the first row is the class token's
+        if c.position == "learned":
+            table = torch.cat([torch.zeros_like(table[:1]), weights["visual.positional_embedding"]])
+        weights["visual.positional_embedding"] = table
+        theirs.visual.conv1 = nn.Conv2d(c.channels, c.image_width, c.patch_size, c.patch_size)
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     theirs.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in weights.items()})
     return theirs
@@ -452,10 +480,165 @@ def clip_row(*, batch_size: int = 64, longest: int = 14) -> Row:
     )
 
 
+# --- FLIP ------------------------------------------------------------------------------------------------------------
+
+NOISE_SEED = 0
+
+
+class EmbedAll(FLIPVision):
+    """The textbook order: every patch becomes a token with a position, then most of them are thrown away."""
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = super().embed(images)
+        if keep is None:
+            return x
+        return torch.cat([x[:, :1], x[:, 1:].take_along_dim(keep[..., None], dim=1)], dim=1)
+
+
+class MaskedKeys(FLIPVision):
+    """Looks like FLIP and saves nothing: all tokens are computed, and nobody may look at those that are left out."""
+
+    def forward(self, images: Tensor, keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.embed(images)  # (B, 1+N, D)
+        seen = torch.zeros(len(x), x.shape[1] - 1, dtype=torch.bool).scatter(1, keep, True)
+        seen = F.pad(seen, (1, 0), value=True)  # (B, 1+N), the class token always
+        states, _ = self.encoder(x, mask=seen[:, None, None, :])
+        return (states * seen[..., None]).sum(1) / seen.sum(1, keepdim=True), {}
+
+
+class MAETower(nn.Module):
+    """transformers' encoder of MAE in the place of a `FLIPVision`. It takes the noise and chooses by itself."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__()
+        self.mae = theirs
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.mae(images, noise=noise).last_hidden_state.mean(dim=1), {}
+
+
+class OpenCLIPTower(nn.Module):
+    """open_clip's image tower with its own PatchDropout in the place of a `FLIPVision`.
+
+    It draws numbers where others are given theirs: those of `flip_batch`, as long as both start from `NOISE_SEED`.
+    """
+
+    def __init__(self, ours: FLIP, ratio: float) -> None:
+        super().__init__()
+        self.visual = open_clip_from(ours, ratio=ratio).visual
+        self.visual.proj = None  # so that the final states come out
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.default_generator.manual_seed(NOISE_SEED)
+        return self.visual(images).mean(dim=1), {}
+
+
+def transformers_mae(config: FLIPConfig, ratio: float) -> nn.Module:
+    """The official encoder of MAE at the sizes of `config` with random weights, which leaves out `ratio`."""
+    import transformers
+
+    c = config
+    official = transformers.ViTMAEConfig(
+        image_size=c.image_size, patch_size=c.patch_size, num_channels=c.channels, hidden_size=c.image_width,
+        num_hidden_layers=c.image_depth, num_attention_heads=c.image_heads,
+        intermediate_size=c.mlp_ratio * c.image_width, layer_norm_eps=c.eps,
+        hidden_act={"exact": "gelu", "tanh": "gelu_pytorch_tanh"}[c.gelu], mask_ratio=ratio,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    theirs = transformers.ViTMAEModel(official)
+    # Built from a configuration, version 5.24 takes its patches for loaded ones and leaves the positions at zero.
+    theirs.embeddings.patch_embeddings.projection._is_hf_initialized = False
+    theirs.embeddings.initialize_weights()
+    return theirs
+
+
+def load_mae(ours: FLIPVision, theirs: nn.Module) -> FLIPVision:
+    """Our tower with the weights of the official encoder. The fixed positions stay each one's own."""
+    c = ours.config
+    names, positions = (*TRUNK_NAMES, (r"^embed\.", "")), r"^embeddings\.position_embeddings$"
+    weights = rename(theirs.state_dict(), names, drop=[positions])
+    weights = join_trunk(weights, {}, width=c.image_width, depth=c.image_depth, patches="patch_embed")
+    ours.load_state_dict(weights | {"pos_embed": ours.pos_embed})
+    return ours
+
+
+def flip_contenders(config: FLIPConfig, ratio: float, *, whole: bool) -> list[Contender]:
+    """Image towers with the same weights, alone or each in a FLIP whose other parts are ours.
+
+    All are given the pictures and the noise; which patches to look at is decided within the time that counts.
+    """
+    ours = FLIP(config)
+    theirs = transformers_mae(config, ratio) if transformers_installed() else None
+    if theirs is not None:
+        load_mae(ours.vision, theirs)
+
+    def like_ours(kind: type[FLIPVision]) -> FLIPVision:
+        tower = kind(config)
+        tower.load_state_dict(ours.vision.state_dict())
+        return tower
+
+    def ours_chooses(noise: Tensor) -> Tensor | None:
+        return random_masking(noise, ratio)[0] if ratio else None
+
+    def contender(name: str, tower: nn.Module, choose: Callable[[Tensor], Tensor | None]) -> Contender:
+        if not whole:
+            return Contender(name, tower, lambda batch: tower(batch[0], choose(batch[2]))[0])
+        model = FLIP(config)
+        model.load_state_dict(ours.state_dict())
+        model.vision = tower
+        return Contender(name, model, lambda batch: clip_outputs(model, *batch[:2], keep=choose(batch[2])))
+
+    contenders = [contender("minivlp FLIP", like_ours(FLIPVision), ours_chooses)]
+    if ratio:
+        contenders += [
+            contender("minivlp FLIP, all patches embedded first", like_ours(EmbedAll), ours_chooses),
+            contender("minivlp FLIP, a mask in the attention instead", like_ours(MaskedKeys), ours_chooses),
+        ]
+    if theirs is not None:
+        contenders.append(contender("transformers ViTMAEModel, sdpa", MAETower(theirs), lambda noise: noise))
+    if open_clip_installed():
+        name = "open_clip VisionTransformer, PatchDropout"
+        contenders.append(contender(name, OpenCLIPTower(ours, ratio), lambda noise: noise))
+    return contenders
+
+
+def flip_batch(config: FLIPConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random `images` (B, C, H, W), texts of 8 to `longest` tokens, `ids` (B, L), and `noise` (B, N) for the patches.
+
+    The noise is what PatchDropout draws from `NOISE_SEED`, negated: it keeps the largest, we the least.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images, ids, _ = random_pairs(config, batch_size=batch_size, longest=longest, generator=generator)
+    noise = torch.randn(batch_size, config.grid**2, generator=torch.Generator().manual_seed(NOISE_SEED))
+    return images, ids, -noise
+
+
+def flip_loss(outputs: Any, batch: Batch) -> Tensor:
+    """Contrastive for the whole model; of a tower alone the mean square of its features, only to have a gradient."""
+    return contrastive_loss(outputs[0]) if isinstance(outputs, tuple) else outputs.square().mean()
+
+
+def flip_row(ratio: float, *, whole: bool, batch_size: int = 64, longest: int = 14) -> Row:
+    """The course's own FLIP (image tower of width 128, depth 4) on 64 patches, of which `ratio` are left out."""
+    config = FLIPConfig(max_text=longest)
+    step = "training step (both towers, contrastive loss, backward, AdamW)" if whole else "image tower (no AdamW)"
+    return Row(
+        name=f"flip-{'train' if whole else 'tower'}-{100 * ratio:.0f}",
+        title=f"FLIP, {step}, {ratio:.0%} of the patches left out: {config.image_size} px, patch {config.patch_size}, "
+        + f"texts of 8 to {longest} tokens, " * whole
+        + f"width {config.image_width}, depth {config.image_depth}, batch {batch_size}",
+        contenders=lambda: flip_contenders(config, ratio, whole=whole),
+        batch=lambda: flip_batch(config, batch_size=batch_size, longest=longest),
+        loss=flip_loss,
+        update=whole,
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
     clip_row(),
+    *(flip_row(ratio, whole=whole) for whole in (False, True) for ratio in (0.0, 0.5, 0.75)),
 ]
 
 
@@ -477,7 +660,7 @@ def check_equal(row: Row, contenders: Sequence[Contender], batch: Batch, *, tole
 
 
 def stepper(row: Row, contender: Contender, batch: Batch) -> Callable[[], None]:
-    """What is timed: one training step, or one forward pass."""
+    """What is timed: one training step, its forward and backward part, or one forward pass."""
     if row.loss is None:
         contender.model.eval()
 
@@ -493,7 +676,8 @@ def stepper(row: Row, contender: Contender, batch: Batch) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         row.loss(contender.outputs(batch), batch).backward()
-        optimizer.step()
+        if row.update:
+            optimizer.step()
 
     return step
 
@@ -501,21 +685,32 @@ def stepper(row: Row, contender: Contender, batch: Batch) -> Callable[[], None]:
 def race(
     row: Row, *, rounds: int = 15, seconds: float = 0.2, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of one step, name -> one number per round. In a round each contender runs for about `seconds`."""
+    """Seconds of one step of each contender: see `take_turns`. RuntimeError if they do not give the same numbers."""
     torch.manual_seed(0)
     batch, contenders = row.batch(), row.contenders()
     check_equal(row, contenders, batch)
     steps = {contender.name: stepper(row, contender, batch) for contender in contenders}
-    for step in steps.values():  # warm-up: allocator, thread pool, optimiser state
-        step()
-        step()
-    first = next(iter(steps.values()))
-    repeats = max(1, round(seconds / timed(first, 2, clock)))
+    return take_turns(steps, rounds=rounds, seconds=seconds, clock=clock)
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], None]], *, rounds: int = 15, seconds: float = 0.2,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of one call, name -> one number per round. In a round each step runs again and again for about `seconds`.
+
+    Each round has another order, so that a slow moment of the machine hits all of them. Before the first round comes a
+    warm-up that does not count.
+    """
+    repeats = {}
+    for name, step in steps.items():
+        timed(step, 2, clock)  # warm-up: allocator, thread pool, optimiser state
+        repeats[name] = max(1, round(seconds / timed(step, 2, clock)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for _ in range(rounds):
         for name in order:
-            times[name].append(timed(steps[name], repeats, clock))
+            times[name].append(timed(steps[name], repeats[name], clock))
         order = order[1:] + order[:1]
     return times
 

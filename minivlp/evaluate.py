@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -165,3 +171,40 @@ def filled_in(
 def cloze_accuracy(cloze: Cloze, words: Sequence[str]) -> float:
     """Share of the hidden words that were filled in with a name of the right fact."""
     return sum(cloze.facts.get(word) == answer for word, answer in zip(words, cloze.answers, strict=True)) / len(words)
+
+
+def peak_memory(step: Callable[[], object], *, device: torch.device) -> int:
+    """Bytes that `step()` needs at its highest point, beyond what is held when it begins.
+
+    Call `step` once before, so that what stays (optimiser state, say) is already there. On the CPU torch's profiler
+    follows every allocation and release, on CUDA the allocator's own counter does. Raises ValueError for other devices.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise ValueError(f"peak memory cannot be followed on {device.type}: measure it on the CPU or on CUDA")
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        profiler.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes, key=lambda change: change[0])), default=0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: nothing is written to the process's standard error, where the profiler announces itself."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -224,6 +224,20 @@ class MLMHead(nn.Module):
 
 
 @torch.no_grad()
+def init_xavier(model: nn.Module) -> None:
+    """The starting values of the official (JAX) ViT and of MAE: Xavier-uniform matrices, biases 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():  # after the loop above, which visits an Attention before the layers inside it
+        if isinstance(module, Attention):
+            for matrix in module.kv.weight.chunk(2):  # two matrices in one tensor: each has its own fan-out
+                nn.init.xavier_uniform_(matrix)
+
+
+@torch.no_grad()
 def init_normal(model: nn.Module, *, std: float = 0.02) -> None:
     """BERT's starting values: matrices and tables N(0, std), biases 0, LayerNorms the identity."""
     for module in model.modules():

@@ -378,15 +378,8 @@ def validation(n: int = 300) -> Callable[[nn.Module], dict[str, float]]:
     return measure
 
 
-def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = None) -> Run:
-    """Train, then measure on the test split: what the recorder keeps of one arm and seed."""
-    try:
-        model, history = train(recipe, seed=seed, device=device, progress=progress)
-    except TrainingDiverged as error:  # a result like any other: the weights of the last good step
-        model, history = error.model, error.history
-    if not isinstance(model, CLIP):
-        data = single_things("test")
-        return Run(model, history, {"zero-shot kind": accuracy(named_by(model, data.images), data.labels("kind")[0])})
+def measure(model: CLIP) -> dict[str, float]:
+    """All that a trained model is measured by, on the test split."""
     metrics = retrieval(model) | {f"{k}, short captions": v for k, v in retrieval(model, level=1).items()}
     metrics |= {
         "zero-shot kind": zero_shot_kind(model),
@@ -402,7 +395,19 @@ def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None
     for kind in ("replaced", "attribute_swap", "order_swap", "count"):
         found = probe_accuracy(model, kind)
         metrics |= {kind: found["pair"], f"{kind}, group": found["group"]}
-    return Run(model, history, metrics)
+    return metrics
+
+
+def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = None) -> Run:
+    """Train, then measure on the test split: what the recorder keeps of one arm and seed."""
+    try:
+        model, history = train(recipe, seed=seed, device=device, progress=progress)
+    except TrainingDiverged as error:  # a result like any other: the weights of the last good step
+        model, history = error.model, error.history
+    if not isinstance(model, CLIP):
+        data = single_things("test")
+        return Run(model, history, {"zero-shot kind": accuracy(named_by(model, data.images), data.labels("kind")[0])})
+    return Run(model, history, measure(model))
 
 
 def prepare() -> None:

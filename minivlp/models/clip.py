@@ -194,9 +194,12 @@ class CLIP(nn.Module):
         """images (B, C, H, W), ids (B', L) -> logits exp(t) * cosine, **a row for each picture** (B, B'), and by name
         "image" (B, E) and "text" (B', E), the vectors of length 1."""
         image, text = self.encode_image(images), self.encode_text(ids)
-        with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for logits up to 100
-            logits = self.logit_scale.exp() * image @ text.T
-        return logits, {"image": image, "text": text}
+        return self.compare(image, text), {"image": image, "text": text}
+
+    def compare(self, image: Tensor, text: Tensor) -> Tensor:
+        """Vectors of length 1, (B, E) and (B', E), -> logits exp(t) * cosine (B, B')."""
+        with torch.autocast(image.device.type, enabled=False):  # half precision is too coarse for logits up to 100
+            return self.logit_scale.exp() * image @ text.T
 
 
 def projection(width: int, embed_dim: int, *, kind: str = "linear") -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlp.layers import Attention, Encoder, PatchEmbed
+from minivlp.layers import Encoder, PatchEmbed, init_xavier
 
 # Paper, Table 1 (Ti and S: the official repository): width, depth, heads. The MLP is always four times as wide.
 PAPER_SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
@@ -139,14 +139,7 @@ def init_vit(model: ViT) -> None:
 
     A zero head makes every class equally likely, so the first loss is exactly ln K.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for module in model.modules():  # after the loop above, which visits an Attention before the layers inside it
-        if isinstance(module, Attention):
-            for matrix in module.kv.weight.chunk(2):  # two matrices in one tensor: each has its own fan-out
-                nn.init.xavier_uniform_(matrix)
+    init_xavier(model)
     patches = model.embed.patch_embed.proj.weight  # (D, C*P*P)
     nn.init.trunc_normal_(patches, std=patches.shape[1] ** -0.5)
     for name, parameter in model.embed.named_parameters(recurse=False):
