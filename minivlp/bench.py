@@ -704,7 +704,8 @@ def take_turns(
     """
     repeats = {}
     for name, step in steps.items():
-        timed(step, 2, clock)  # warm-up: allocator, thread pool, optimiser state
+        step()  # warm-up: allocator, thread pool, optimiser state
+        step()
         repeats[name] = max(1, round(seconds / timed(step, 2, clock)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)

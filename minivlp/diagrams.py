@@ -69,6 +69,17 @@ alt_text = {
     "zero_shot_diagram": "Classification without training. The class names house, tree and boat are put into the "
     "sentence a picture of a {label}, and the frozen text tower makes one vector of each. The frozen image tower makes "
     "a vector of the picture. It is compared with the vector of each class, and the most similar class, house, wins.",
+    "flip_overview": "FLIP while it trains, from bottom to top. Left, the text tower: words, positions, blocks without "
+    "a causal mask, LayerNorm; the first token is read. Right, a picture of 64 patches: one linear layer, fixed "
+    "positions, then half of the tokens are removed and the others close ranks behind a class token, so the blocks "
+    "read 33 tokens, not 65; LayerNorm, mean over all tokens. No mask token, no decoder, no reconstruction. "
+    "Projections, the B x B matrix and the contrastive loss are CLIP's.",
+    "flip_stages": "Three stages with the same weights. Training, nearly all of the steps: half of the patches are "
+    "removed, the image tower reads 1 + 32 tokens. Unmasked tuning, a few percent of the steps at a small learning "
+    "rate: 1 + 64 tokens, the same contrastive loss. Use: whole pictures, 1 + 64 tokens, the cosine of both vectors.",
+    "four_ways_to_hide": "Eight of 16 patches hidden in four ways. Removed: the blocks read 9 tokens. A mask token in "
+    "their place: 17 tokens and other numbers, for the rest look at it. Pixels set to zero: 17 tokens and other "
+    "numbers. An attention mask: 17 tokens, and the tokens that are seen have the same numbers as with removal.",
 }
 
 
@@ -520,19 +531,51 @@ SHAPE_X = IMAGE_X + IMAGE_W + GAP + 0.1  # the column of shapes
 PATCHES = ("CLS", *map(str, range(1, 10)))
 
 
+def _words(c: Canvas, y: float, labels: Sequence[str], modality: str = "text", *, new: Sequence[int] = ()) -> list[Box]:
+    """Five text tokens at the height `y`; `new` lists indices."""
+    return c.tokens(TEXT_X, y, labels, modality, side=SIDE, gap=GAP, width=WORD, size=8.5, new=new)
+
+
+def _squares(
+    c: Canvas, y: float, labels: Sequence[str], modality: str = "image", *, first: int = 0, new: Sequence[int] = ()
+) -> list[Box]:
+    """Image tokens at the height `y`, ten at most, from the place `first` on; `new` lists indices."""
+    return c.tokens(IMAGE_X + first * (SIDE + GAP), y, labels, modality, side=SIDE, gap=GAP, size=8, new=new)
+
+
 def _row(c: Canvas, y: float, text: Sequence[str], image: Sequence[str], kind: str = "", new: str = "") -> list[Box]:
     """Five text and ten image tokens of one height. `kind`: the modality of all, `new`: whose are new."""
     return [
-        *c.tokens(TEXT_X, y, text, kind or "text", side=SIDE, gap=GAP, width=WORD, size=8.5,
-                  new=range(5 if "text" in new else 0)),
-        *c.tokens(IMAGE_X, y, image, kind or "image", side=SIDE, gap=GAP, size=8,
-                  new=range(10 if "image" in new else 0)),
-    ]  # fmt: skip
+        *_words(c, y, text, kind or "text", new=range(5 if "text" in new else 0)),
+        *_squares(c, y, image, kind or "image", new=range(10 if "image" in new else 0)),
+    ]
 
 
 def _add(c: Canvas, lower: Sequence[Box], upper: Sequence[Box]) -> None:
     for a, b in zip(lower, upper, strict=True):
         c.note(a.x + a.w / 2, (a.y + a.h + b.y) / 2, "+", ha="center", size=11)
+
+
+def _caption(
+    c: Canvas, words: Sequence[str], ends: tuple[str, str], *, new: bool = False
+) -> tuple[list[str], list[Box]]:
+    """The lower end of a text tower: three words between `ends` become tokens, and positions are added.
+
+    Returns the labels of the five tokens, and the boxes of their positions, whose upper edge is at 3.19 inches.
+    """
+    if len(words) != 3:
+        raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
+    labels = [ends[0], *map(str, words), ends[1]]
+    caption = c.box(TEXT_X, 1.24, TEXT_W, SIDE, f"“{' '.join(map(str, words))}”", modality="text")
+    table = c.box(TEXT_X, 1.78, TEXT_W, 0.32, "tokenizer, then a table of words", modality="text", new=new,
+                  tag="", size=9)  # fmt: skip
+    c.arrow(caption, table)
+    tokens = _words(c, 2.34, labels, new=range(5 * new))
+    for box in tokens:
+        c.arrow((box.x + box.w / 2, table.y + table.h), box)
+    places = _words(c, 2.88, "01234", "neutral", new=range(5 * new))
+    _add(c, tokens, places)
+    return labels, places
 
 
 def _text_and_image(
@@ -543,14 +586,12 @@ def _text_and_image(
     `ends` stand before and behind the words; `new` may name "text". Returns the labels of the text tokens, and the
     boxes of the positions, five of the text and ten of the image, whose upper edge is at 3.19 inches.
     """
-    if len(words) != 3:
-        raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
     pixels = _example_picture() if image is None else picture(image)
     h, w = pixels.shape[0] // 3, pixels.shape[1] // 3  # pixels of a patch; what does not fit, two at most, is left out
     if not h or not w:
         raise ValueError(f"a {pixels.shape[0]}x{pixels.shape[1]} picture has no 3 x 3 patches: give a larger one")
     pixels = pixels[: 3 * h, : 3 * w]
-    labels = [ends[0], *map(str, words), ends[1]]
+    labels, text_places = _caption(c, words, ends, new="text" in new)
 
     whole = c.image(IMAGE_X + SIDE + GAP, 0.08, 0.9 * min(1, w / h), 0.9 * min(1, h / w), pixels)
     y = 1.24
@@ -558,26 +599,21 @@ def _text_and_image(
                    pixels[i // 3 * h : (i // 3 + 1) * h, i % 3 * w : (i % 3 + 1) * w]) for i in range(9)]  # fmt: skip
     c.arrow(whole, cut[4], start="right", end="bottom", bend=True)
     c.note(cut[4].x + SIDE, 0.53, "cut into patches,\nas in lesson 01")
-    caption = c.box(TEXT_X, y, TEXT_W, SIDE, f"“{' '.join(map(str, words))}”", modality="text")
     y = 1.78
-    table = c.box(TEXT_X, y, TEXT_W, 0.32, "tokenizer, then a table of words", modality="text", new="text" in new,
-                  tag="", size=9)  # fmt: skip
-    c.arrow(caption, table)
     linear = c.box(cut[0].x, y, IMAGE_W - SIDE - GAP, 0.32, "one linear layer for all patches", modality="image",
                    size=9.5)  # fmt: skip
     for patch in cut:
         c.arrow(patch, (patch.x + SIDE / 2, y))
-    y = 2.34
-    tokens = _row(c, y, labels, PATCHES, new=new)
-    for box in tokens[:5] + tokens[6:]:
+    tokens = _squares(c, 2.34, PATCHES)
+    for box in tokens[1:]:
         c.arrow((box.x + box.w / 2, linear.y + linear.h), box)
     c.note(IMAGE_X - 0.02, 1.94, "class\ntoken", size=8)
-    c.arrow((tokens[5].x + SIDE / 2, 2.1), tokens[5])
+    c.arrow((tokens[0].x + SIDE / 2, 2.1), tokens[0])
     y = 2.88
-    places = _row(c, y, "01234", [str(i) for i in range(10)], "neutral", new=new)
+    places = _squares(c, y, "0123456789", "neutral")
     _add(c, tokens, places)
     c.note(SHAPE_X, y + SIDE / 2, "+ positions", size=8.5)
-    return labels, places
+    return labels, text_places + places
 
 
 def _symbols(c: Canvas, x: float, top: float, symbols: Sequence[str]) -> None:
@@ -765,6 +801,37 @@ def _similarities(
     return whole, rows, columns
 
 
+HEAD_W, HEAD_H = 2.05, 0.38  # inches: the boxes between a tower and the shared space
+
+
+def _shared_space(c: Canvas, y: float, text_x: float, text: Box, image: Box, *, new: bool = False) -> None:
+    """The upper end of a dual encoder, from `y` to 2.54 inches above it: projections and the matrix of similarities.
+
+    `text` and `image` are what is read from the towers; the text's own boxes begin at `text_x`.
+    """
+    # Each its own way into the shared space.
+    w, h, ends = HEAD_W, HEAD_H, []
+    for x, state, kind in ((text_x, text, "text"), (IMAGE_X, image, "image")):
+        head = c.box(x, y, w, h, "linear D → E, no bias", modality=kind, new=new, size=9)
+        c.arrow(state, head)
+        unit = c.box(x, y + h + 0.2, w, h, "normalise: length 1", modality=kind, new=new, size=9)
+        c.arrow(head, unit)
+        ends.append(unit)
+    c.note(SHAPE_X, y + h / 2, "projection\n(B, E) each", size=8.5)
+    c.note(SHAPE_X, y + 1.5 * h + 0.2, "(B, E) each", size=8.5)
+
+    # Where B texts and B pictures meet.
+    matrix, rows, columns = _similarities(c, 4.22, y + 2.17, 4, (0.38, 0.255), new=new)
+    c.arrow((rows[-1].x + rows[-1].w / 2, ends[1].y + h), rows[-1])
+    c.arrow(ends[0], columns[0], start="top", end="left", bend=True)
+    c.note(rows[0].x - 0.08, matrix.y + matrix.h / 2, "B pictures", size=8.5, ha="right")
+    c.note(rows[0].x - 0.08, y + 2.27, "B texts", size=8.5, ha="right")
+    scale = c.box(6.4, y + 1.13, 1.7, h, "times exp(t), t learned", new=new, size=9)
+    c.arrow(scale, matrix)
+    loss = c.loss(6.4, y + 1.76, 1.7, "contrastive loss", h=h, new=new)
+    c.arrow(matrix, loss, "(B, B)")
+
+
 def clip_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
     """The whole CLIP with a ViT (paper, 2.3-2.5) for three words and a picture of 3 x 3 patches; new parts are green.
 
@@ -793,8 +860,7 @@ def clip_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "hou
     c.box(IMAGE_X, y, SIDE, 0.28, "LN", size=8)
     c.note(SHAPE_X, y + 0.14, "LayerNorm:\ntext, CLS", size=8.5)
     y = 5.14
-    states = [*c.tokens(TEXT_X, y, labels, "text", side=SIDE, gap=GAP, width=WORD, size=8.5, new=[4]),
-              *c.tokens(IMAGE_X, y, PATCHES, "image", side=SIDE, gap=GAP, size=8)]  # fmt: skip
+    states = [*_words(c, y, labels, new=[4]), *_squares(c, y, PATCHES)]
     for k, box in enumerate(states):
         x = box.x + box.w / 2
         if k < 6:
@@ -802,27 +868,7 @@ def clip_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "hou
         c.arrow((x, 4.94 if k < 6 else blocks.y + blocks.h), box)
     c.note(SHAPE_X, y + SIDE / 2, "read: [end], CLS\n(B, D) each", size=8.5)
 
-    # Each its own way into the shared space.
-    w, h, y, ends = 2.05, 0.38, 5.7, []
-    for x, state, kind in ((TEXT_X + TEXT_W - w, states[4], "text"), (IMAGE_X, states[5], "image")):
-        head = c.box(x, y, w, h, "linear D → E, no bias", modality=kind, new=True, size=9)
-        c.arrow(state, head)
-        unit = c.box(x, y + h + 0.2, w, h, "normalise: length 1", modality=kind, new=True, size=9)
-        c.arrow(head, unit)
-        ends.append(unit)
-    c.note(SHAPE_X, y + h / 2, "projection\n(B, E) each", size=8.5)
-    c.note(SHAPE_X, y + 1.5 * h + 0.2, "(B, E) each", size=8.5)
-
-    # Where B texts and B pictures meet.
-    matrix, rows, columns = _similarities(c, 4.22, 7.87, 4, (0.38, 0.255), new=True)
-    c.arrow((rows[-1].x + rows[-1].w / 2, ends[1].y + h), rows[-1])
-    c.arrow(ends[0], columns[0], start="top", end="left", bend=True)
-    c.note(rows[0].x - 0.08, matrix.y + matrix.h / 2, "B pictures", size=8.5, ha="right")
-    c.note(rows[0].x - 0.08, 7.97, "B texts", size=8.5, ha="right")
-    scale = c.box(6.4, 6.83, 1.7, h, "times exp(t), t learned", new=True, size=9)
-    c.arrow(scale, matrix)
-    loss = c.loss(6.4, 7.46, 1.7, "contrastive loss", h=h, new=True)
-    c.arrow(matrix, loss, "(B, B)")
+    _shared_space(c, 5.7, TEXT_X + TEXT_W - HEAD_W, states[4], states[5], new=True)
     _symbols(c, TEXT_X, 8.12, ("B pairs", "L text tokens", "N patches", "D numbers a token", "E shared numbers"))
     return c.fig
 
@@ -896,6 +942,225 @@ def zero_shot_diagram() -> Figure:
     c.note(6.55, 0.8, once, width=1.6, size=8.5, colour=QUIET)
     c.note(0.1, 0.12, "Hatched: frozen. Nothing is trained, and the classes can be any words. The numbers are made up.",
            size=8.5, colour=QUIET)  # fmt: skip
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLIP
+
+
+def _cut(pixels: np.ndarray, grid: int) -> np.ndarray:
+    """The picture (H, W, 3) without the few pixels that do not fill `grid` x `grid` patches."""
+    h, w = pixels.shape[0] // grid, pixels.shape[1] // grid
+    if not h or not w:
+        raise ValueError(f"a {pixels.shape[0]}x{pixels.shape[1]} picture has no {grid} x {grid} patches: "
+                         "give a larger one")  # fmt: skip
+    return pixels[: grid * h, : grid * w]
+
+
+def _some_patches(grid: int, share: float, seed: int) -> list[int]:
+    """Places of `grid` x `grid` patches, numbered from 0 in reading order, of which `share` were kept at random."""
+    return sorted(np.random.default_rng(seed).permutation(grid**2)[: int(grid**2 * share)].tolist())
+
+
+def _hidden(c: Canvas, x: float, y: float, w: float, h: float, how: str, label: str = "") -> None:
+    """What stands in the place of a hidden patch or token: nothing ("hole"), M ("mask"), black ("zero") or itself,
+    pale, where nobody may look ("pale")."""
+    dashed = (0, (2, 1.6))
+    face, edge, style, ink, word = {
+        "hole": ("white", "#B5B5B5", dashed, INK, ""),
+        "mask": (FILLS["neutral"], EDGES["neutral"], "-", INK, "M"),
+        "zero": ("#1A1A1A", EDGES["image"], "-", "white", "0"),
+        "pale": ("#FFFFFFC8", "#7A7A7A", dashed, QUIET, label),
+    }[how]
+    c.ax.add_patch(Rectangle((x, y), w, h, facecolor=face, edgecolor=edge, linewidth=0.9, linestyle=style, zorder=2.7))
+    if word:
+        c.note(x + w / 2, y + h / 2, word, ha="center", size=SMALLEST, colour=ink)
+
+
+def _patched(
+    c: Canvas, x: float, y: float, size: float, pixels: np.ndarray, grid: int, keep: Sequence[int] | None = None,
+    how: str = "hole",
+) -> Box:  # fmt: skip
+    """A picture, its longer side `size` inches, cut into `grid` x `grid` patches, of which only `keep` are shown."""
+    pixels = _cut(pixels, grid)
+    H, W = pixels.shape[:2]
+    box = c.image(x, y, size * W / max(H, W), size * H / max(H, W), pixels)
+    w, h = box.w / grid, box.h / grid
+    for i in range(1, grid):
+        for xs, ys in (((x + i * w,) * 2, (y, y + box.h)), ((x, x + box.w), (y + i * h,) * 2)):
+            c.ax.plot(xs, ys, color="white", linewidth=1, zorder=2.6)
+    for i in range(grid**2 if keep is not None else 0):
+        if i not in keep:
+            _hidden(c, x + i % grid * w, y + box.h - (i // grid + 1) * h, w, h, how)
+    return box
+
+
+def flip_overview(image: Any = None, *, keep: Any = None, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole FLIP (paper, 3; released code) for three words and a picture of 8 x 8 patches, while it trains; what
+    CLIP does not have is green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `keep` (K,): the places of the patches
+    that stay, from 0 to 63 in reading order, as a row of `random_masking` has them; without it 32 of them. `words`: the
+    caption in three words. Of the 64 tokens the first seven and the last are drawn.
+    """
+    N, shown = 64, [*range(7), 63]  # a place for "…" is left between them
+    kept = array(_some_patches(8, 0.5, 39) if keep is None else keep, "keep", ndim=1).tolist()
+    if not kept or sorted(set(kept)) != sorted(kept) or not set(kept) <= {*range(N)}:
+        raise ValueError(f"keep must be one or more different places from 0 to {N - 1}, of 8 x 8 patches, not {kept}")
+    c = Canvas(WIDTH, 8.28)
+    labels, text_places = _caption(c, words, ("[CLS]", "[SEP]"))
+
+    # The picture, all of it: tokens and positions.
+    pixels = _example_picture() if image is None else picture(image)
+    whole = _patched(c, IMAGE_X + SIDE + GAP, 0.06, 1.0, pixels, 8)
+    c.note(whole.x + 1.2, 0.82, "cut into N = 64 patches, numbered from 0 to 63")
+    first = "A token gets its position before any token is removed: one that stays knows its place in the picture."
+    c.note(whole.x + 1.2, 0.4, first, width=3.1, size=8.5, colour=QUIET)
+    green = "Green: not in CLIP. The text stays whole; of each picture, other patches are removed at every step."
+    c.note(TEXT_X, 0.7, green, width=TEXT_W, size=8.5, colour=QUIET)
+    names = [*map(str, shown[:-1]), "…", "63"]
+    linear = c.box(IMAGE_X + SIDE + GAP, 1.24, IMAGE_W - SIDE - GAP, 0.32, "one linear layer for all patches",
+                   modality="image", size=9.5)  # fmt: skip
+    c.arrow(whole, linear)
+    tokens = _squares(c, 1.76, names, first=1)
+    for box in tokens:
+        c.arrow((box.x + SIDE / 2, linear.y + linear.h), box)
+    places = _squares(c, 2.28, names, "neutral", first=1, new=range(9))
+    _add(c, tokens, places)
+    c.note(SHAPE_X, 1.76 + SIDE / 2, "(B, N, D)", size=8.5)
+    c.note(SHAPE_X, 2.28 + SIDE / 2, "+ positions:\nfixed waves", size=8.5)
+
+    # Removal: holes first, then the ranks are closed.
+    y_long, y_short = 2.84, 3.5
+    c.frame(IMAGE_X - 0.08, y_long - 0.12, IMAGE_W + 0.16, y_short + SIDE + 0.22 - y_long, new=True)
+    rest = [i for i in kept if i not in shown]
+    whose = [i if i in kept else None for i in shown[:-1]] + [rest or None, 63 if 63 in kept else None]
+    early = [i for i in shown[:-1] if i in kept]
+    own = early[:4]  # so many get a square of their own, the others share the one with the dots
+    dots = bool(rest) or len(early) > len(own)
+    short = ["CLS", *map(str, own), *["…"] * dots, *["63"] * (63 in kept)]
+    row = _squares(c, y_short, short)
+    for place, name, i in zip(places, names, whose, strict=True):
+        x = place.x
+        if i is None:
+            _hidden(c, x, y_long, SIDE, SIDE, "hole")
+            continue
+        state = c.box(x, y_long, SIDE, SIDE, name, modality="image", size=8)
+        c.arrow(place, state)
+        goal = row[short.index(name)] if name in short else row[short.index("…")]
+        c.arrow(state, goal, start="top", end="bottom")
+    c.note(IMAGE_X - 0.02, 3.08, "class\ntoken", size=8)
+    c.arrow((row[0].x + SIDE / 2, 3.24), row[0])
+
+    # Two towers that never look at each other.
+    y = 4.0
+    wide = max(row[-1].x + SIDE - IMAGE_X, HEAD_W)
+    text = c.box(TEXT_X, y, TEXT_W, 0.46, "blocks, no causal mask:\nevery word looks at every word", modality="text",
+                 new=True, tag="", size=9.5)  # fmt: skip
+    blocks = c.box(IMAGE_X, y, wide, 0.46, f"encoder blocks\non 1 + {len(kept)} tokens", modality="image", size=9.5)
+    for box in text_places:
+        c.arrow(box, text)
+    for box in row:
+        c.arrow(box, blocks)
+    norms = [
+        c.box(TEXT_X, 4.64, TEXT_W, 0.28, "LayerNorm", size=9),
+        c.box(IMAGE_X, 4.64, wide, 0.28, "LayerNorm", size=9),
+    ]
+    states = _words(c, 5.12, labels, new=[0])
+    mean = c.box(IMAGE_X, 5.12, wide, SIDE, "mean over all tokens", modality="image", new=True, tag="", size=9.5)
+    for box in [*states, *row]:
+        x = box.x + box.w / 2
+        c.arrow((x, y + 0.46), (x, norms[0].y), head=False)
+        c.arrow((x, norms[0].y + 0.28), (x, 5.12))
+    _shared_space(c, 5.7, TEXT_X, states[0], mean)
+
+    # What the picture looks like now, and what is not there.
+    c.note(6.02, y_short + SIDE / 2, "(B, 1+K, D)", size=8.5)
+    c.note(SHAPE_X, y_long + SIDE / 2, "removal, only\nin training", size=8.5, colour=NEW, weight="bold")
+    c.note(SHAPE_X, y_short + SIDE / 2, f"kept: {len(kept)} of {N},\nand CLS", size=8.5)
+    _patched(c, 7.1, 4.0, 1.0, pixels, 8, kept)
+    c.note(6.05, 4.5, "No mask token.\nNo decoder.\nNothing is\nreconstructed.", size=8.5, colour=NEW)
+    c.note(6.05, 5.3, "LayerNorm after the blocks, of all tokens; none before them, unlike in CLIP", size=8.5, width=2)
+    _symbols(c, 1.35, 7.85, ("B pairs", "L text tokens", "N patches, K kept", "D numbers a token", "E shared numbers"))
+    return c.fig
+
+
+def flip_stages() -> Figure:
+    """FLIP's three stages (paper, 3): training on masked pictures, unmasked tuning, and use on whole pictures.
+
+    The image tower's sequences are drawn to scale, for 64 patches of which training keeps 32.
+    """
+    c = Canvas(WIDTH, 4.5)
+    w, keep = 2.45, _some_patches(8, 0.5, 39)
+    models = []
+    for k, (title, length, rate) in enumerate((
+        ("1  training, masked", "nearly all of the steps", "full learning rate, large batches"),
+        ("2  unmasked tuning", "a few % of the steps", "learning rate 10 to 100 times smaller"),
+        ("3  use", "no more steps", "search, naming: as with any CLIP"),
+    )):  # fmt: skip
+        x, masked = 0.1 + k * (w + 0.325), k == 0
+        c.note(x, 4.36, title, weight="bold", size=11)
+        c.note(x, 4.12, length)
+        c.note(x, 3.92, rate, size=8.5, colour=QUIET)
+        tokens = 33 if masked else 65
+        seen = _patched(c, x, 0.36, 1.0, _example_picture(), 8, keep if masked else None)
+        text = c.box(x + 1.45, 0.71, 1.0, 0.3, "a red house", modality="text", size=9)
+        sequence = c.box(x, 1.62, 1.4 * tokens / 65, 0.46, f"1 + {tokens - 1} tokens", modality="image", new=masked,
+                         tag="", size=9.5)  # fmt: skip
+        c.arrow(seen, sequence)
+        model = c.box(x, 2.4, w, 0.46, "FLIP: both towers", modality="pair", shared=True, size=10.5)
+        models.append(model)
+        for part in (sequence, text):
+            c.arrow(part, model)
+        if k < 2:
+            c.arrow(model, c.loss(x, 3.2, w, "contrastive loss"))
+        else:
+            c.arrow(model, c.box(x, 3.2, w, 0.34, "cosine of picture and text", modality="fused", size=9.5))
+    for a, b in pairwise(models):
+        c.arrow(a, b)
+    c.note(0.1, 0.14, "Double outline: the same weights, handed on. The blue bars are as long as what the image tower "
+           "reads.", size=8.5, colour=QUIET)  # fmt: skip
+    return c.fig
+
+
+def four_ways_to_hide() -> Figure:
+    """Half the patches of a picture hidden in four ways: what the blocks then read, and whether the numbers agree.
+
+    Removal is FLIP's (paper, 3) and MAE's; a mask token is BERT's and BEiT's. An attention mask gives the patches that
+    are seen the same states as removal does, at the full price.
+    """
+    c = Canvas(WIDTH, 5.5)
+    keep, side, gap = (1, 3, 4, 6, 9, 10, 12, 15), 0.26, 0.03
+    left, step = 1.3, side + gap
+    count, same = left + 17 * step + 0.25, left + 17 * step + 0.62
+    c.note(0.1, 5.34, "the picture", weight="bold")
+    c.note(left, 5.34, "what the blocks read", weight="bold")
+    c.note(count, 5.34, "tokens", weight="bold", ha="center")
+    c.note(same, 5.34, "same numbers?", weight="bold")
+    for k, (name, what, how, verdict) in enumerate((
+        ("remove", "FLIP, and MAE's encoder: the sequence gets shorter, and so does the work", "hole",
+         "the numbers to match"),
+        ("mask token", "BEiT's patches, BERT's words: a learned vector stands in", "mask", "no: the others\nlook at M"),
+        ("zero the pixels", "black patches are patches too", "zero", "no: the others\nlook at black"),
+        ("attention mask", "computed in every block, but nobody may look at them", "pale",
+         "yes, at the tokens that are seen"),
+    )):  # fmt: skip
+        y = 4.07 - k * 1.22
+        _patched(c, 0.1, y, 1.02, _example_picture(), 4, keep, how)
+        c.note(left, y + 0.93, name, weight="bold", size=10, colour=NEW if k == 0 else INK)
+        c.note(left, y + 0.72, what, size=8.5, colour=QUIET)
+        read = [i for i in range(16) if k or i in keep]
+        for place, i in enumerate([-1, *read]):
+            x = left + place * step
+            if i < 0 or i in keep:
+                c.box(x, y + 0.22, side, side, str(i) if i >= 0 else "C", modality="image", size=8)
+            else:
+                _hidden(c, x, y + 0.22, side, side, how, str(i))
+        c.note(count, y + 0.22 + side / 2, str(1 + len(read)), ha="center", size=12, weight="bold")
+        c.note(same, y + 0.22 + side / 2, verdict, width=WIDTH - same - 0.08, size=8.5)
+    below = "C is the class token. A block computes every token that it reads: 17 are the work of a whole picture."
+    c.note(0.1, 0.16, below, size=8.5, colour=QUIET)
     return c.fig
 
 

@@ -344,6 +344,38 @@ def patch_grid(image: Any, patch_size: int) -> Figure:
     return fig
 
 
+def masked_pictures(
+    images: Any, keep: Any, patch_size: int, *, titles: Sequence[str] | None = None, columns: int = 8,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Pictures as a model sees them that is given some of their patches only: the others are grey and striped.
+
+    `images` as for `picture_grid`, with sides that are multiples of `patch_size` pixels. `keep` has the places of each
+    picture's patches that stay, in reading order from 0 and in any order: (N, K), or a list of one (K,) each, in which
+    None stands for a whole picture; None for all whole. `titles`, one a picture, stand below.
+    """
+    shown, P = _pictures(images), patch_size
+    _same_length(keep, "keep", len(shown), "pictures")
+    sheets = []
+    for i, pixels in enumerate(shown):
+        H, W = pixels.shape[:2]
+        if H % P or W % P:
+            raise ValueError(f"a {H}x{W} picture cannot be cut into whole {P}x{P} patches: choose another patch_size")
+        if keep is not None and keep[i] is not None:
+            places, n = array(keep[i], f"keep[{i}]", ndim=1), H // P * (W // P)
+            if not np.issubdtype(places.dtype, np.integer) or not len(places) or places.min() < 0 or places.max() >= n:
+                raise ValueError(f"keep[{i}] must be places from 0 to {n - 1}, at least one, of {n} patches")
+            removed = np.ones(n, bool)
+            removed[places] = False
+            removed = removed.reshape(H // P, W // P).repeat(P, axis=0).repeat(P, axis=1)  # (H, W)
+            wide = max(2, P // 4)  # pixels of a stripe: no picture has such a pattern, but many have grey areas
+            y, x = np.indices((H, W))
+            stripes = np.where((y + x) // wide % 2, 222, 192).astype(np.uint8)
+            pixels = np.where(removed[..., None], stripes[..., None], pixels)
+        sheets.append(pixels.transpose(2, 0, 1))
+    return picture_grid(sheets, titles, columns=columns, title=title)
+
+
 def filters(weights: Any, *, columns: int = 14, title: str | None = None) -> Figure:
     """What the patch projection looks for (ViT, Fig. 7 left): weights (n, 3, P, P), each stretched to its own range."""
     w = array(weights, "weights", ndim=4).astype(float)
@@ -459,6 +491,75 @@ def crossing(
     if hline is not None:
         _level(ax, *hline)
     ax.legend()
+    return fig
+
+
+def cost_curve(
+    ratios: Any, measured: Mapping[str, Any], model: Mapping[str, Any] | None = None, *, ylabel: str,
+    xlabel: str = "share of the patches that is removed", title: str | None = None,
+) -> Figure:  # fmt: skip
+    """What hiding saves: measured cost against the removed share, and what a cost model says, with all numbers below.
+
+    `ratios` (n,) are shares from 0 to 1, ascending. `measured` maps a name, such as "time" or "memory", to values (n,),
+    or (n, runs), of which the means are joined and every run is a dot; `model` to values (n,), which are dashed and
+    have the colour of the measured line of the same name, if there is one.
+    """
+    xs = array(ratios, "ratios", ndim=1).astype(float)
+    if len(xs) < 2 or xs.min() < 0 or xs.max() > 1 or (np.diff(xs) <= 0).any():
+        raise ValueError(f"ratios must be two or more ascending shares from 0 to 1, not {xs.tolist()}")
+    if not measured:
+        raise ValueError("there is nothing to draw: measured is empty")
+    lines = []  # label, colour, values (n, runs), is it measured?
+    for group, kind, dims in ((measured, "measured", (1, 2)), (model or {}, "model", (1,))):
+        for name, values in group.items():
+            runs = array(values, f"{kind}[{name!r}]", ndim=dims).astype(float)
+            _same_length(runs, f"{kind}[{name!r}]", len(xs), "ratios")
+            if not np.isfinite(runs).all():
+                raise ValueError(f"{kind}[{name!r}] must be finite numbers: leave out the ratios that failed")
+            alike = [*measured].index(name) if name in measured else len(lines)
+            label = name if kind == "measured" else f"{name}, cost model" if name in measured else name
+            lines.append((label, CYCLE[alike % len(CYCLE)], runs.reshape(len(xs), -1), kind == "measured"))
+
+    # The table of numbers below the axis names the lines too, so that no legend can lie on a curve.
+    names = [wrap(label, 1.75, SMALL) for label, *_ in lines]
+    heights = [text_height(name.count("\n") + 1, SMALL) + 0.05 for name in names]
+    sample, right = 0.42, 0.3  # inches: a piece of line beside each name, the margin
+    left = max(0.7, 0.1 + sample + 0.3 + max(text_width(part, SMALL) for name in names for part in name.split("\n")))
+    foot, high, head = 0.62 + sum(heights), 2.7, 0.35 if title else 0.12
+    fig = new_figure(WIDTH, foot + high + head, layout="none")
+    W, H = fig.get_size_inches()
+    ax = fig.add_axes((left / W, foot / H, (W - left - right) / W, high / H))
+    for i, (_, colour, runs, real) in enumerate(lines):
+        mark = "os^Dv"[i % 5] if real else None
+        if runs.shape[1] > 1:
+            ax.plot(xs, runs, ".", color=colour, alpha=0.6, markersize=5)
+        ax.plot(xs, runs.mean(axis=1), color=colour, marker=mark, markersize=6, linestyle="-" if real else (0, (4, 2)),
+                zorder=3 if real else 2)  # fmt: skip
+    ticks: list[float] = []
+    for x in xs:  # rather leave numbers out than print one over another
+        if not ticks or (x - ticks[-1]) / (xs[-1] - xs[0]) * 0.94 * (W - left - right) > 0.55:
+            ticks.append(x)
+    ax.set_xticks(ticks, [f"{_short(100 * x)} %" for x in ticks])
+    ax.set(ylabel=ylabel, ylim=(0, 1.06 * max(runs.max() for _, _, runs, _ in lines)))
+    ax.margins(x=0.03)
+    ax.set_title(title or "")
+    fig.text((left + W - right) / 2 / W, (foot - 0.28) / H, xlabel, ha="center", va="top")
+
+    sheet = inch_axes(fig)
+    low, top = ax.get_xlim()
+    y = foot - 0.55
+    for i, ((_, colour, runs, real), name, height) in enumerate(zip(lines, names, heights, strict=True)):
+        middle = y - height / 2
+        sheet.plot([0.1, 0.1 + sample], [middle] * 2, color=colour, linestyle="-" if real else (0, (4, 2)))
+        if real:
+            sheet.plot(0.1 + sample / 2, middle, "os^Dv"[i % 5], color=colour, markersize=6)
+        sheet.text(0.2 + sample, middle, name, va="center", fontsize=SMALL, linespacing=1.1, parse_math=False)
+        for x in ticks:
+            at = left + (x - low) / (top - low) * (W - left - right)
+            value = runs[list(xs).index(x)].mean()
+            sheet.text(at, middle, f"{value:.2f}" if value < 10 else _short(value), ha="center", va="center",
+                       fontsize=SMALL)  # fmt: skip
+        y -= height
     return fig
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from minivlp import bench
 from minivlp.losses import IGNORE, contrastive_loss
 from minivlp.models.clip import CLIPConfig
+from minivlp.models.flip import FLIPConfig
 from minivlp.models.vilt import ViLTConfig
 from minivlp.models.vit import ViTConfig
 
@@ -15,7 +19,9 @@ pytest.importorskip("transformers")
 
 torch.set_num_threads(1)
 
-CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + bench.open_clip_installed()}
+OPEN_CLIP = bench.open_clip_installed()
+CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + OPEN_CLIP, "tiny-flip-tower-0": 2 + OPEN_CLIP,
+              "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP}  # fmt: skip
 
 
 def tiny_vit() -> bench.Row:
@@ -55,7 +61,25 @@ def tiny_clip() -> bench.Row:
     )
 
 
-@pytest.fixture(params=[tiny_vit, tiny_vilt, tiny_clip], ids=CONTENDERS)
+def tiny_flip(ratio=0.5, *, whole=True) -> bench.Row:
+    config = FLIPConfig(
+        image_size=32, patch_size=8, image_width=16, image_depth=2, image_heads=2, vocab_size=30, max_text=11,
+        text_width=24, text_depth=3, text_heads=3, embed_dim=20,
+    )  # fmt: skip
+    return bench.Row(
+        name=f"tiny-flip-{'train' if whole else 'tower'}-{100 * ratio:.0f}",
+        title="a tiny FLIP",
+        contenders=lambda: bench.flip_contenders(config, ratio, whole=whole),
+        batch=lambda: bench.flip_batch(config, batch_size=6, longest=11),
+        loss=bench.flip_loss,
+    )
+
+
+TINY = [tiny_vit, tiny_vilt, tiny_clip, partial(tiny_flip, 0.0, whole=False), partial(tiny_flip, 0.75, whole=False),
+        tiny_flip]  # fmt: skip
+
+
+@pytest.fixture(params=TINY, ids=CONTENDERS)
 def row(request, monkeypatch):
     torch.manual_seed(0)
     row = request.param()
@@ -151,6 +175,81 @@ def test_caption_batch():
     assert torch.equal(ids != 0, torch.arange(14) < lengths[:, None])
 
 
+def test_flip_batch():
+    """What the row says of its batch: texts of 8 to 14 tokens, and noise that open_clip's PatchDropout draws itself."""
+    images, ids, noise = bench.flip_batch(FLIPConfig(), batch_size=64, longest=14)
+    assert images.shape == (64, 3, 64, 64) and ids.shape == (64, 14) and noise.shape == (64, 64)
+    lengths = (ids != 0).sum(1)
+    assert lengths.max() == 14 and lengths.min() == 8
+    assert torch.equal(ids != 0, torch.arange(14) < lengths[:, None])
+    torch.manual_seed(bench.NOISE_SEED)
+    assert torch.equal(torch.randn(64, 64), -noise) and len(noise.argmin(dim=1).unique()) > 20
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_bench_notices_another_choice_of_patches(whole):
+    """All contenders look at the same patches: those with the most noise would give other numbers."""
+    row = tiny_flip(0.5, whole=whole)
+    images, ids, noise = row.batch()
+    contenders = row.contenders()
+    assert bench.check_equal(row, contenders, (images, ids, noise)) < 1e-5
+    outputs = contenders[0].outputs
+    spoilt = replace(contenders[0], outputs=lambda batch: outputs((*batch[:2], -batch[2])))
+    with pytest.raises(RuntimeError, match="the contenders differ by"):
+        bench.check_equal(row, [spoilt, *contenders[1:]], (images, ids, noise))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
+def test_only_a_mask_in_the_attention_computes_all_tokens(ratio):
+    """Of 1 + 16 tokens the others compute 1 + 16 * (1 - ratio); two embed all patches nevertheless."""
+    row, tokens, embedded = tiny_flip(ratio, whole=False), {}, {}
+    for contender in row.contenders():
+        sizes = tokens.setdefault(contender.name, [])
+        for module in contender.model.modules():
+            if isinstance(module, torch.nn.Linear) and module.out_features == 64:  # the wide layer of each MLP
+                module.register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(output.shape[1]))
+        if hasattr(contender.model, "patch_embed"):
+            contender.model.patch_embed.proj.register_forward_hook(
+                lambda module, inputs, output, name=contender.name: embedded.update({name: output.shape[1]})
+            )
+        contender.outputs(row.batch())
+    K = round(16 * (1 - ratio))
+    for name, sizes in tokens.items():
+        assert sizes == 2 * [17 if "mask in the attention" in name else 1 + K], name
+    assert list(embedded.values()) == ([K, 16, 16] if ratio else [16])
+
+
+def test_a_row_can_leave_the_optimizer_out():
+    row = replace(tiny_flip(0.5, whole=False), update=False)
+    contender, batch = row.contenders()[0], row.batch()
+    before = {name: p.detach().clone() for name, p in contender.model.named_parameters()}
+    bench.stepper(row, contender, batch)()
+    assert all(torch.equal(p, before[name]) for name, p in contender.model.named_parameters())
+    assert all(p.grad.abs().max() > 0 for p in contender.model.parameters())
+    bench.stepper(replace(row, update=True), contender, batch)()
+    assert not any(torch.equal(p, before[name]) for name, p in contender.model.named_parameters())
+
+
+def test_take_turns():
+    """Each round has another order, each step fills its time, and a slow start does not count."""
+    now, calls = 0.0, []
+
+    def step(name: str, seconds: float) -> None:
+        nonlocal now
+        first = name not in calls
+        calls.append(name)
+        now += 100.0 if first else seconds
+
+    costs = {"slow": 0.5, "fast": 0.125, "slower than a turn": 2.0}
+    steps = {name: partial(step, name, seconds) for name, seconds in costs.items()}
+    times = bench.take_turns(steps, rounds=4, seconds=1.0, clock=lambda: now)
+    assert times == {name: [seconds] * 4 for name, seconds in costs.items()}
+    slow, fast, slower = ["slow"] * 2, ["fast"] * 8, ["slower than a turn"]
+    turns = [*slow, *fast, *slower, *fast, *slower, *slow, *slower, *slow, *fast, *slow, *fast, *slower]
+    assert calls[-len(turns) :] == turns
+    assert sorted(calls[: -len(turns)]) == sorted(4 * list(costs))  # warm-up
+
+
 def test_the_short_way_of_clip_computes_less():
     """Of 1 + N tokens of a picture and L of a text the last blocks update one each."""
     row, seen = tiny_clip(), []
@@ -181,7 +280,7 @@ def test_bench_prints_its_table(row, capsys):
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     assert row.title in lines and len(lines) == 1 + 1 + 1 + 1 + CONTENDERS[row.name]
-    assert lines[4].split()[-1] == "1.00" and "every token" in lines[4]
+    assert lines[4].split()[-1] == "1.00" and row.contenders()[0].name in lines[4]
     with pytest.raises(SystemExit):
         bench.main(["--rows", "nothing"])
     assert f"there are {row.name}" in capsys.readouterr().err
@@ -198,3 +297,5 @@ def test_bench_runs_without_transformers(row, monkeypatch, capsys):
 def test_the_rows():
     names = [row.name for row in bench.ROWS]
     assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train", "clip-train"} <= set(names)
+    flips = {f"flip-{part}-{percent}": part == "train" for part in ("tower", "train") for percent in (0, 50, 75)}
+    assert {row.name: row.update for row in bench.ROWS if "flip" in row.name} == flips

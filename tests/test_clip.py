@@ -188,6 +188,49 @@ def test_logits_are_exp_t_times_cosine_with_a_row_for_each_picture():
     close(model(images, ids)[0], 2 * logits)
 
 
+def test_compare_by_hand():
+    """Two pictures, three texts, t = ln 10: cosines of 1, 0.6, 0 and of 0.8, 0.96, 0.6, ten times."""
+    model = CLIP(SMALL)
+    model.logit_scale.data.fill_(math.log(10))
+    image = torch.tensor([[1.0, 0.0], [0.8, 0.6]], requires_grad=True)
+    text = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], requires_grad=True)
+    logits = model.compare(image, text)
+    close(logits, torch.tensor([[10.0, 6.0, 0.0], [8.0, 9.6, 6.0]]))
+    close(model.compare(text, image), logits.T)  # a row for each of the first
+    logits[1, 1].backward()
+    close(model.logit_scale.grad, torch.tensor(9.6))  # d exp(t) c / dt = exp(t) c
+    close(image.grad, torch.tensor([[0.0, 0.0], [6.0, 8.0]]))
+    close(text.grad, torch.tensor([[0.0, 0.0], [8.0, 6.0], [0.0, 0.0]]))
+
+
+@torch.no_grad()
+def test_compare_is_what_the_model_does():
+    model, images, ids = shaken(), pictures(5), texts()
+    logits, named = model(images, ids)
+    close(model.compare(model.encode_image(images), model.encode_text(ids)), logits, 0)
+    calls = []
+    model.compare = lambda image, text: calls.append((image, text)) or "the logits"  # one definition, for heirs too
+    assert model(images, ids)[0] == "the logits" and len(calls) == 1
+    for vectors, name in zip(calls[0], ("image", "text"), strict=True):
+        assert torch.equal(vectors, named[name])
+
+
+@torch.no_grad()
+def test_logits_are_not_computed_in_half_precision():
+    """Near 100 bfloat16 knows every half number only; the temperature would push pairs together that are not."""
+    model = CLIP(SMALL)
+    model.logit_scale.fill_(MAX_LOGIT_SCALE)
+    image, text = (F.normalize(torch.randn(6, 20), dim=-1) for _ in range(2))
+    image[0] = text[0]
+    expected = model.compare(image, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.compare(image, text)
+        halved = model.logit_scale.exp() * image @ text.T
+    assert logits.dtype == torch.float32 and logits[0, 0].item() == pytest.approx(100, abs=1e-3)
+    close(logits, expected, 0)
+    assert (halved - expected).abs().max() > 0.05
+
+
 @torch.no_grad()
 def test_each_row_depends_on_its_picture_and_each_column_on_its_text():
     model, images, ids = shaken(), pictures(), texts()

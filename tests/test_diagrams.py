@@ -71,6 +71,14 @@ DRAWINGS = {
     ),
     **{f"clip_matrix {n}": lambda n=n: diagrams.clip_matrix(n) for n in (2, 4, 8)},
     "zero_shot_diagram": diagrams.zero_shot_diagram,
+    "flip_overview": diagrams.flip_overview,
+    "flip_overview words": lambda: diagrams.flip_overview(
+        np.zeros((3, 32, 64), np.uint8), keep=range(16), words=("a", "white", "umbrella")
+    ),
+    "flip_overview whole": lambda: diagrams.flip_overview(keep=range(64)),
+    "flip_overview one": lambda: diagrams.flip_overview(keep=[40]),
+    "flip_stages": diagrams.flip_stages,
+    "four_ways_to_hide": diagrams.four_ways_to_hide,
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -289,6 +297,95 @@ def test_clip_normalises_the_image_alone_before_the_blocks_and_its_class_token_a
     assert text.x1 < image.x0 and text.width > 300 and image.width < 40
 
 
+def test_flip_marks_what_clip_did_not_have_and_draws_the_rest_as_in_clip():
+    new = [" ".join(text.split()) for text in boxes(diagrams.flip_overview(), new=True)]
+    positions = ["0", "1", "2", "3", "4", "5", "6", "…", "63"]
+    assert new == [
+        *positions,
+        "blocks, no causal mask: every word looks at every word",
+        "[CLS]",
+        "mean over all tokens",
+    ]
+    clip, flip = ({t.get_text() for t in words(draw())} for draw in (diagrams.clip_overview, diagrams.flip_overview))
+    shared = {"linear D → E, no bias", "normalise: length 1", "times exp(t), t learned", "contrastive loss", "(B, B)"}
+    assert shared <= clip & flip
+
+
+KEEP = [3, 0, 5, 6, 63, 20, 33]
+
+
+def holes(fig: Figure) -> list[Rectangle]:
+    """What is drawn in the place of a removed patch or token: a dashed outline around nothing."""
+    return [p for p in fig.findobj(Rectangle) if p.get_linestyle() not in ("-", "solid") and p.get_fill()]
+
+
+def test_flip_adds_positions_first_then_makes_holes_then_closes_ranks():
+    fig = diagrams.flip_overview(keep=KEEP)
+    shapes = {p.get_gid(): p.get_window_extent() for p in fig.findobj(FancyBboxPatch) if p.get_gid()}
+    blocks = next(shapes[t.get_gid()] for t in words(fig) if t.get_text() == "encoder blocks\non 1 + 7 tokens")
+    squares = [(t.get_text(), shapes[t.get_gid()]) for t in words(fig) if t.get_gid() and shapes[t.get_gid()].width < 40
+               and shapes[t.get_gid()].x0 > 300 and shapes[t.get_gid()].y1 < blocks.y0]  # fmt: skip
+    by_row = itertools.groupby(sorted(squares, key=lambda s: (round(s[1].y0), s[1].x0)), key=lambda s: round(s[1].y0))
+    rows = [list(row) for _, row in by_row]
+    every = [*"0123456", "…", "63"]
+    kept = ["0", "3", "5", "6", "…", "63"]
+    assert [[text for text, _ in row] for row in rows] == [every, every, kept, ["CLS", *kept]]
+    places = [{text: round(box.x0) for text, box in row} for row in rows]
+    assert places[2].items() <= places[1].items() == places[0].items()  # those that stay stand where they stood
+    gaps = np.diff([box.x0 for _, box in rows[3]])
+    assert np.ptp(gaps) < 1 and blocks.width < 0.7 * 355  # no holes in what the blocks read, and they read less
+    bare = [h for h in holes(fig) if h.get_width() > 0.3]
+    assert [round(h.get_window_extent().x0) for h in bare] == [places[1][name] for name in "124"]
+    arrows = [line.get_xydata() for line in fig.findobj(Line2D) if line.get_gid() == "arrow"]
+    goals = [xy[-1][0] * 100 for xy in arrows if len(xy) == 2 and abs(xy[0][1] * 100 - rows[2][0][1].y1) < 1
+             and xy[0][0] > 3.5]  # fmt: skip
+    middles = [box.x0 + box.width / 2 for _, box in rows[3][1:]]
+    assert len(goals) == 6 and max(min(abs(g - m) for m in middles) for g in goals) < 12
+
+
+def test_flip_shows_the_picture_with_exactly_the_given_patches():
+    fig = diagrams.flip_overview(keep=KEEP)
+    frame = max((im.get_extent() for im in fig.axes[0].images), key=lambda e: e[0])  # the picture at the right
+    step = (frame[1] - frame[0]) / 8
+    cells = {round((frame[3] - h.get_y() - step) / step) * 8 + round((h.get_x() - frame[0]) / step)
+             for h in holes(fig) if h.get_width() < 0.3}  # fmt: skip
+    assert cells == {*range(64)} - {*KEEP}
+    assert "kept: 7 of 64,\nand CLS" in {t.get_text() for t in words(fig)}
+    assert len([h for h in holes(diagrams.flip_overview()) if h.get_width() < 0.3]) == 32
+    assert not holes(diagrams.flip_overview(keep=range(64)))
+
+
+def test_flip_reads_fewer_tokens_in_its_first_stage_alone_and_has_the_same_weights_in_all():
+    fig = diagrams.flip_stages()
+    shapes = {p.get_gid(): p.get_window_extent() for p in fig.findobj(FancyBboxPatch) if p.get_gid()}
+    bars = [(t.get_text().split(), shapes[t.get_gid()]) for t in words(fig) if t.get_text().endswith("tokens")]
+    assert [text for text, _ in bars] == [["1", "+", n, "tokens"] for n in ("32", "64", "64")]
+    first, *others = [box.width for _, box in bars]
+    assert all(first / other == pytest.approx(33 / 65, abs=0.01) for other in others)
+    assert boxes(fig, new=True) == ["1 + 32\ntokens"]
+    assert boxes(fig, shared=True) == ["FLIP: both towers"] * 3
+    assert [t.get_text() for t in words(fig)].count("contrastive loss") == 2  # none in use
+    right_of_first = bars[1][1].x0
+    assert len(holes(fig)) == 32 and all(h.get_window_extent().x1 < right_of_first for h in holes(fig))
+
+
+def test_of_four_ways_to_hide_one_alone_is_shorter():
+    fig = diagrams.four_ways_to_hide()
+    texts = words(fig)
+    names = ["remove", "mask token", "zero the pixels", "attention mask"]
+    heights = {t.get_text(): extent(t).y0 for t in texts if t.get_text() in names}
+    assert sorted(heights, key=heights.get, reverse=True) == names
+    rows = {name: [t.get_text() for t in sorted(texts, key=lambda t: extent(t).x0)
+                   if t.get_gid() is None and t.get_fontsize() == 8 and extent(t).x0 > 120
+                   and 0 < y - extent(t).y0 < 75] for name, y in heights.items()}  # fmt: skip
+    hidden = [str(i) for i in range(16) if str(i) not in {"1", "3", "4", "6", "9", "10", "12", "15"}]
+    assert list(rows.values()) == [[], ["M"] * 8, ["0"] * 8, hidden]
+    counts = sorted((t for t in texts if t.get_fontsize() == 12), key=lambda t: -extent(t).y0)
+    assert [t.get_text() for t in counts] == ["9", "17", "17", "17"]
+    verdicts = [t.get_text() for t in texts if t.get_text().startswith(("no", "yes"))]
+    assert [v.split(":")[0].split(",")[0] for v in verdicts] == ["no", "no", "yes"]
+
+
 STRONG = to_rgb(diagrams.STRONG["fused"])
 
 
@@ -386,6 +483,13 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.vilt_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
         (lambda: diagrams.clip_overview(words=("house",)), "three words"),
         (lambda: diagrams.clip_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
+        (lambda: diagrams.flip_overview(words=("house",)), "three words"),
+        (lambda: diagrams.flip_overview(np.zeros((3, 7, 9), np.uint8)), "no 8 x 8 patches: give a larger one"),
+        (lambda: diagrams.flip_overview(keep=[]), "one or more different places from 0 to 63"),
+        (lambda: diagrams.flip_overview(keep=[1, 1]), "different places"),
+        (lambda: diagrams.flip_overview(keep=[64]), "from 0 to 63"),
+        (lambda: diagrams.flip_overview(keep=[-1]), "from 0 to 63"),
+        (lambda: diagrams.flip_overview(keep=[[1, 2]]), "keep must have 1 dimensions"),
         (lambda: diagrams.clip_matrix(1), "choose n from 2 to 8"),
         (lambda: diagrams.clip_matrix(9), "choose n from 2 to 8"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),

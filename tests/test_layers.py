@@ -21,6 +21,7 @@ from minivlp.layers import (
     TextEmbeddings,
     count_parameters,
     init_normal,
+    init_xavier,
     patchify,
     take_rows,
     to_float_pixels,
@@ -468,6 +469,47 @@ def test_mlm_head_is_its_equation():
     other_order = F.gelu(layer_norm(head.norm, hidden)) @ head.decoder.weight.T + head.decoder.bias
     assert (expected - other_order).abs().max() > 0.1
     assert count_parameters(head) == (8 * 8 + 8) + 2 * 8 + (20 * 8 + 20) and head.decoder.bias is not None
+
+
+def xavier(matrix: Tensor) -> bool:
+    """Uniform within sqrt(6 / (rows + columns)), as far as can be told from this many numbers."""
+    bound = math.sqrt(6 / sum(matrix.shape))
+    return 0.98 * bound < matrix.abs().max() <= bound and abs(matrix.std() / (bound / 3**0.5) - 1) < 0.05
+
+
+def test_init_xavier_knows_each_matrix():
+    """Keys and values lie in one tensor and are two matrices, with a fan-out each; also where another tower answers."""
+    cross = Attention(48, 2, context_width=80)
+    model = nn.ModuleDict({"patches": PatchEmbed(8, 3, 48), "encoder": Encoder(48, 2, 2), "cross": cross,
+                           "head": nn.Linear(48, 100, bias=False)})  # fmt: skip
+    shaken(model, std=3.0)
+    init_xavier(model)
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            matrices = module.weight.chunk(2) if name.endswith("kv") else [module.weight]
+            assert all(map(xavier, matrices)), name
+            assert module.bias is None or not module.bias.any(), name
+            assert module.weight.requires_grad, name  # though it was set without a graph
+            seen += len(matrices)
+    assert seen == 1 + 2 * 6 + 4 + 1
+    # Taken as one matrix, keys and values would start too small; other rules would start elsewhere.
+    for wrong in (nn.init.xavier_uniform_, nn.init.kaiming_uniform_, nn.init.xavier_normal_):
+        wrong(cross.kv.weight)
+        assert not any(map(xavier, cross.kv.weight.chunk(2)))
+
+
+def test_init_xavier_leaves_all_else_alone():
+    """Tables of words, norms and bare tokens are no matrices of this kind: their owners set them."""
+    model = nn.ModuleList([nn.Embedding(30, 20), nn.LayerNorm(20), Encoder(20, 1, 2)])
+    model.token = nn.Parameter(torch.randn(20))
+    shaken(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    init_xavier(model)
+    linear = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, value in model.state_dict().items():
+        touched = any(name.startswith(prefix) for prefix in linear)
+        assert torch.equal(value, before[name]) != touched, name
 
 
 def test_init_normal_sets_every_kind_of_parameter():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lesson_helpers import few_pages
 
-from minivlp.data import load_pairs, to_tensors
 from minivlp.data.picturebook.claims import with_article
 from minivlp.data.picturebook.world import KINDS
 from minivlp.evaluate import recall_at
@@ -29,23 +28,7 @@ FEW = replace(lesson.MAIN, model=TINY, start="", train_size=400, steps=2, batch_
 
 @pytest.fixture(scope="module", autouse=True)
 def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`pairs` and `single_things` draw a few pages, into a cache of their own."""
-
-    @cache
-    def pairs(split: str, n: int) -> object:
-        return to_tensors(load_pairs("picturebook", split, tier="normal", n=min(n, 400 if split == "train" else 40),
-                                     progress=False))  # fmt: skip
-
-    @cache
-    def single_things(split: str, *, n: int = 1000, tier: str = "easy") -> object:
-        drawn = 800 if split == "train" else 40
-        data = to_tensors(load_pairs("picturebook", split, tier="easy", n=drawn, progress=False))
-        return data.subset([i for i, scene in enumerate(data.scenes) if len(scene.things) == 1])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINIVLP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(lesson, "pairs", pairs)
-        patch.setattr(lesson, "single_things", single_things)
+    with few_pages(tmp_path_factory, lesson):
         yield
 
 

@@ -9,8 +9,9 @@ from functools import cache
 
 import pytest
 import torch
+from lesson_helpers import few_pages
 
-from minivlp.data import TokenTable, load_pairs, to_tensors
+from minivlp.data import TokenTable
 from minivlp.data.picturebook.describe import ANSWERS
 from minivlp.data.picturebook.probes import probe
 from minivlp.evaluate import cloze_accuracy
@@ -29,16 +30,7 @@ FEW = replace(lesson.MAIN, model=TINY, start="", train_size=400, steps=4, batch_
 
 @pytest.fixture(scope="module", autouse=True)
 def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`pairs` draws a few pages, into a cache of its own."""
-
-    @cache
-    def pairs(split: str, n: int) -> object:
-        return to_tensors(load_pairs("picturebook", split, tier="normal", n=min(n, 400 if split == "train" else 40),
-                                     progress=False))  # fmt: skip
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINIVLP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(lesson, "pairs", pairs)
+    with few_pages(tmp_path_factory, lesson):
         yield
 
 

@@ -40,6 +40,7 @@ TIMES = {
     "linear patches": {"image embedding": 0.4, "blocks": 12.3},
     "small ResNet": {"image embedding": 8.0, "region features": 20, "blocks": 12.5},
 }
+RATIOS, COST = [0, 0.25, 0.5, 0.75], [1, 0.78, 0.53, 0.31]
 SHOTS = [1, 2, 4, 8, 16, 32]
 PROBE = np.linspace(0.3, 0.9, 6)[:, None] + 0.02 * RNG.normal(size=(6, 5))  # (shots, seeds)
 BLOCKS = np.array([[0.9, 0.1, 0.02, 0.98], [0.4, 0.6, 1, 0], [0.5, 0.5, 0.5, 0.5]])  # (layers, 4)
@@ -52,6 +53,13 @@ PLOTS = {
     "pictures, floats": lambda: plots.picture_grid(PICTURES.float() / 127.5 - 1),
     "patches": lambda: plots.patch_grid(PICTURES[0], 4),
     "patches, many": lambda: plots.patch_grid(PICTURES[0].numpy().repeat(4, 1).repeat(4, 2), 4),
+    "masked": lambda: plots.masked_pictures(
+        PICTURES[:9], torch.rand(9, 16).argsort(1)[:, :8], 4, titles=CAPTIONS[:9], title=LONG * 2
+    ),
+    "masked, mixed": lambda: plots.masked_pictures(
+        [Image.new("RGB", (40, 20))] * 3, [None, [0], np.arange(8)], 5, titles=["whole", LONG, "all"], columns=2
+    ),
+    "masked, none": lambda: plots.masked_pictures(PICTURES[:2].float() / 127.5 - 1, None, 8),
     "filters": lambda: plots.filters(RNG.normal(size=(28, 3, 8, 8)), title="filters"),
     "curves": lambda: plots.curves(
         {"this run": RUNS[0]}, x=STEPS, band=(STEPS, RUNS), hline=(2.48, "ln 12"), title="t"
@@ -60,6 +68,13 @@ PLOTS = {
         {"train": RUNS[0], "val": list(RUNS[1][::5])}, x={"train": STEPS, "val": STEPS[::5]}, band={"val": RUNS[:, ::5]}
     ),
     "curves, plain": lambda: plots.curves({"accuracy": torch.rand(5, requires_grad=True)}),
+    "curves, seconds": lambda: plots.curves(
+        {"whole": RUNS[0], "half removed": RUNS[1]},
+        x={"whole": 0.2 * STEPS, "half removed": 0.11 * STEPS},
+        xlabel="seconds of training",
+        ylabel="kinds named right",
+        hline=(1 / 12, "chance"),
+    ),
     "curves, diverged": lambda: plots.curves({"loss": [2.0, 40.0, float("nan")]}),
     "crossing": lambda: plots.crossing(
         [250, 1000, 4000, 16_000],
@@ -70,6 +85,15 @@ PLOTS = {
     "crossing, shots": lambda: plots.crossing(
         SHOTS, {"linear probe": PROBE}, xlabel="pictures per class", ylabel="accuracy", hline=(0.62, "zero-shot")
     ),
+    "cost": lambda: plots.cost_curve(
+        RATIOS,
+        {"time": COST, "memory": torch.rand(4, 5)},
+        {"time": [1, 0.76, 0.52, 0.28], LONG: [1.0, 0.75, 0.5, 0.25]},
+        ylabel="cost, whole pictures = 1",
+        title="t",
+    ),
+    "cost, plain": lambda: plots.cost_curve([0, 1], {"$t$_a": [12_345.0, 8]}, ylabel="milliseconds", xlabel="share"),
+    "cost, many": lambda: plots.cost_curve(np.linspace(0, 0.9, 31), {"t": np.linspace(2, 0.1, 31)}, ylabel="time"),
     "bars": lambda: plots.ablation_bars(
         seeds(["none", "1d", "2d"]), ylabel="accuracy", chance=1 / 12, paper={"1d": 0.64}
     ),
@@ -218,6 +242,70 @@ def test_patches_are_numbered_and_cut_in_reading_order():
     assert [int(t.get_text()) for t in numbers] == list(range(16))
     left, right, bottom, _ = parts[6].get_extent()
     assert left < numbers[6].get_position()[0] < right and bottom - 0.1 < numbers[6].get_position()[1] < bottom
+
+
+def striped(image: np.ndarray, P: int) -> set[int]:
+    """The patches, numbered in reading order, of which nothing but grey in two shades is left."""
+    H, W = image.shape[0] // P, image.shape[1] // P
+    parts = image.reshape(H, P, W, P, 3).transpose(0, 2, 1, 3, 4).reshape(H * W, -1, 3)
+    return {i for i, part in enumerate(parts) if len(np.unique(part, axis=0)) == 2 and (part == part[:, :1]).all()}
+
+
+def test_exactly_the_removed_patches_are_striped_and_the_others_untouched():
+    keep = torch.rand(3, 16).argsort(dim=1)[:, :6]  # in the order of the noise, not of the places
+    fig = plots.masked_pictures(PICTURES[:3], keep, 4, titles=["a", "b", "c"])
+    for image, row, original in zip(fig.axes[0].images, keep.tolist(), PICTURES, strict=False):
+        shown, whole = image.get_array(), plots.picture(original)
+        assert striped(shown, 4) == {*range(16)} - {*row}
+        for i in row:
+            place = np.s_[i // 4 * 4 : i // 4 * 4 + 4, i % 4 * 4 : i % 4 * 4 + 4]
+            np.testing.assert_array_equal(shown[place], whole[place])
+    assert [t.get_text() for t in words(fig)] == ["a", "b", "c"]
+    wide = plots.masked_pictures([Image.new("RGB", (40, 20))], [[5]], 10)  # 2 x 4 patches: rows are not columns
+    assert striped(wide.axes[0].images[0].get_array(), 10) == {0, 1, 2, 3, 4, 6, 7}
+
+
+def test_pictures_without_anything_removed_are_whole_and_the_given_ones_stay_as_they_are():
+    before = PICTURES[:3].clone()
+    mixed = plots.masked_pictures(PICTURES[:3], [None, [0], None], 4).axes[0].images
+    for i in (0, 2):
+        np.testing.assert_array_equal(mixed[i].get_array(), plots.picture(PICTURES[i]))
+    assert striped(mixed[1].get_array(), 4) == {*range(1, 16)}
+    whole = plots.masked_pictures(PICTURES[:3], None, 4).axes[0].images
+    np.testing.assert_array_equal(whole[1].get_array(), plots.picture(PICTURES[1]))
+    assert torch.equal(PICTURES[:3], before)
+
+
+def test_stripes_are_seen_on_any_plain_colour():
+    for grey in (0, 192, 222, 255):
+        flat = Image.new("RGB", (16, 16), (grey,) * 3)
+        shown = plots.masked_pictures([flat], [[0]], 8).axes[0].images[0].get_array()
+        assert striped(shown, 8) == {1, 2, 3} and (shown[:8, :8] == grey).all()
+
+
+def test_costs_are_joined_means_over_the_removed_share_with_every_number_below():
+    runs = np.array([[1.0, 1.0], [0.7, 0.9], [0.5, 0.6], [0.3, 0.4]])
+    fig = plots.cost_curve(RATIOS, {"time": runs, "memory": COST}, {"time": [1, 0.76, 0.52, 0.28]}, ylabel="cost")
+    ax = fig.axes[0]
+    joined = [line for line in ax.lines if line.get_linestyle() == "-"]
+    np.testing.assert_allclose(joined[0].get_xydata(), np.stack([RATIOS, runs.mean(1)], 1))
+    np.testing.assert_allclose(joined[1].get_ydata(), COST)
+    assert sorted(y for line in ax.lines if line.get_marker() == "." for y in line.get_ydata()) == sorted(runs.flat)
+    (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert dashed.get_marker() == "None" and dashed.get_color() == joined[0].get_color() != joined[1].get_color()
+    np.testing.assert_allclose(dashed.get_ydata(), [1, 0.76, 0.52, 0.28])
+    assert ax.get_ylim()[0] == 0  # else a saving looks larger than it is
+    places = {name: Text.get_window_extent(t) for t in words(fig) if (name := " ".join(t.get_text().split()))
+              in ("time", "memory", "time, cost model", "0 %", "25 %", "50 %", "75 %")}  # fmt: skip
+    middle = {name: ((b.x0 + b.x1) / 2, (b.y0 + b.y1) / 2) for name, b in places.items()}
+    for name, row in {"time": runs.mean(1), "memory": COST, "time, cost model": [1, 0.76, 0.52, 0.28]}.items():
+        boxes = [
+            (t.get_text(), Text.get_window_extent(t)) for t in words(fig) if t.get_text().startswith(("0.", "1.0"))
+        ]
+        found = {text: (b.x0 + b.x1) / 2 for text, b in boxes
+                 if b.x0 > places[name].x1 and abs((b.y0 + b.y1) / 2 - middle[name][1]) < 4}  # fmt: skip
+        assert list(found) == [f"{v:.2f}" for v in row]
+        assert list(found.values()) == pytest.approx([middle[f"{100 * r:g} %"][0] for r in RATIOS], abs=2)
 
 
 def test_the_band_spans_all_earlier_runs():
@@ -435,6 +523,22 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.picture_grid(PICTURES, ["one"]), "captions has 1 entries for 24 pictures"),
         (lambda: plots.picture_grid(PICTURES, frames=[True]), "frames has 1 entries for 24 pictures"),
         (lambda: plots.patch_grid(PICTURES[0], 5), "cannot be cut into whole 5x5 patches"),
+        (lambda: plots.masked_pictures(PICTURES[:1], None, 5), "cannot be cut into whole 5x5 patches"),
+        (lambda: plots.masked_pictures(PICTURES[:2], [[0]], 4), "keep has 1 entries for 2 pictures"),
+        (lambda: plots.masked_pictures(PICTURES[:1], [[16]], 4), r"keep\[0\] must be places from 0 to 15"),
+        (lambda: plots.masked_pictures(PICTURES[:1], [[-1]], 4), "must be places from 0 to 15"),
+        (lambda: plots.masked_pictures(PICTURES[:1], [[0.5]], 4), "must be places from 0 to 15"),
+        (lambda: plots.masked_pictures(PICTURES[:1], torch.ones(1, 16) > 0, 4), "must be places from 0 to 15"),
+        (lambda: plots.masked_pictures(PICTURES[:1], [[]], 4), "at least one, of 16 patches"),
+        (lambda: plots.masked_pictures(PICTURES[:1], [0], 4), r"keep\[0\] must have 1 dimensions"),
+        (lambda: plots.masked_pictures(PICTURES[:1], None, 4, titles=["a", "b"]), "captions has 2 entries"),
+        (lambda: plots.cost_curve([0, 50], {"a": [1, 2]}, ylabel=""), "shares from 0 to 1"),
+        (lambda: plots.cost_curve([0.5, 0], {"a": [1, 2]}, ylabel=""), "ascending"),
+        (lambda: plots.cost_curve([0], {"a": [1]}, ylabel=""), "two or more"),
+        (lambda: plots.cost_curve([0, 0.5], {}, ylabel=""), "measured is empty"),
+        (lambda: plots.cost_curve([0, 0.5], {"a": [1]}, ylabel=""), r"measured\['a'\] has 1 entries for 2 ratios"),
+        (lambda: plots.cost_curve([0, 0.5], {"a": [1, 2]}, {"b": [1]}, ylabel=""), r"model\['b'\] has 1 entries"),
+        (lambda: plots.cost_curve([0, 0.5], {"a": [1, np.nan]}, ylabel=""), "must be finite numbers"),
         (lambda: plots.filters(np.zeros((4, 48))), "must have 4 dimensions"),
         (lambda: plots.filters(np.zeros((4, 1, 8, 8))), r"shape \(n, 3, P, P\)"),
         (lambda: plots.curves({}), "history is empty"),

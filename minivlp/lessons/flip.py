@@ -6,7 +6,7 @@ The notebook trains some of these live; `python -m minivlp.record 04_flip` runs 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from minivlp.lessons.vilt import pairs
 from minivlp.lessons.vit import Run
 from minivlp.losses import contrastive_loss
 from minivlp.models.clip import clamp_logit_scale
-from minivlp.models.flip import FLIP, FLIPConfig, random_masking, sincos_positions, text_masking
+from minivlp.models.flip import FLIP, FLIPConfig, keep_count, random_masking, sincos_positions, text_masking
 from minivlp.train import History, TrainingDiverged, evaluating, fit, train_step
 
 NAME = "04_flip"
@@ -280,26 +280,25 @@ def multiply_adds(tokens: int, width: int, depth: int) -> int:
     return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
 
 
-def cost(config: FLIPConfig, ratio: float = 0.0, *, text: int = 32) -> tuple[int, int]:
+def pair_cost(config: FLIPConfig, ratio: float = 0.0, *, text: int = 32) -> tuple[int, int]:
     """Multiply-adds for one picture, of which the share `ratio` is left out, and for one text of `text` tokens."""
-    kept = int(config.grid**2 * (1 - ratio))
+    kept = keep_count(config.grid**2, ratio)
     image = multiply_adds(1 + kept, config.image_width, config.image_depth)
     image += kept * config.channels * config.patch_size**2 * config.image_width  # the patches' embedding
     return image, multiply_adds(text, config.text_width, config.text_depth)
 
 
-def relative_time(ratio: float, text_share: float) -> float:
+def reckoned_time(ratio: float, text_share: float) -> float:
     """The paper's reckoning: time with `ratio` of the patches left out over time without, ((1 - r) + rho) / (1 + rho),
     if the picture's cost grows with its tokens. rho = `text_share` is the text's cost over the whole picture's."""
     return (1 - ratio + text_share) / (1 + text_share)
 
 
-def timed_steps(recipe: Recipe, *, device: torch.device, batches: int = 6) -> Callable[[], None]:
-    """A function that takes `batches` training steps of a new model: the same pairs, made beforehand, in each call."""
+def timed_steps(recipe: Recipe, batches: Sequence[tuple[Tensor, ...]], *, device: torch.device) -> Callable[[], None]:
+    """A function that takes one training step of a new model with each of the batches."""
     minivlp.seed_everything(0)
     model = begin(recipe).to(device).train()
-    draw = FLIPBatches(pairs("train", recipe.train_size), recipe, seed=0)
-    ready = [[t.to(device) for t in draw(step)] for step in range(batches)]
+    ready = [[t.to(device) for t in batch] for batch in batches]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
     loss = loss_of(recipe)
 
@@ -310,11 +309,11 @@ def timed_steps(recipe: Recipe, *, device: torch.device, batches: int = 6) -> Ca
     return steps
 
 
-def timed_tower(recipe: Recipe, *, device: torch.device) -> Callable[[], None]:
+def timed_tower(recipe: Recipe, batch: tuple[Tensor, ...], *, device: torch.device) -> Callable[[], None]:
     """A function that runs the image tower alone, forward and backward, on one batch."""
     minivlp.seed_everything(0)
     vision = begin(recipe).vision.to(device).train()
-    images, _, noise, _ = (t.to(device) for t in FLIPBatches(pairs("train", recipe.train_size), recipe, seed=0)(0))
+    images, _, noise, _ = (t.to(device) for t in batch)
 
     def step() -> None:
         keep = random_masking(noise, recipe.mask)[0] if recipe.mask else None
@@ -369,7 +368,7 @@ NOTES = {
 
 def facts() -> dict[str, float]:
     """Numbers that no run is needed for."""
-    image, text = cost(MAIN.model)
+    image, text = pair_cost(MAIN.model)
     return {"parameters": count_parameters(FLIP(MAIN.model)), "text cost over picture cost": text / image}
 
 
@@ -380,14 +379,19 @@ def clock(device: torch.device) -> dict[str, float]:
     """What is measured alone on the machine, all recipes in turn: milliseconds of a step and of the tower at each of
     `RATIOS` with the comparisons' batch, of a step of the larger batches, "training seconds" of the main recipe, and
     "ms for 1,000 x 1,000 pairs"."""
-    batches = 6
+    data = pairs("train", MAIN.train_size)
     trained = {f"step, {ratio:.0%}": replace(WHOLE, mask=ratio) for ratio in RATIOS}
     trained |= {f"larger batch, {arm}": recipe for arm, recipe in EXPERIMENTS["equal samples, larger batch"].items()}
     trained |= {f"changes, {arm}": recipe for arm, recipe in EXPERIMENTS["changes"].items()}
-    steps = {name: timed_steps(recipe, device=device, batches=batches) for name, recipe in trained.items()}
-    steps |= {f"tower, {ratio:.0%}": timed_tower(replace(WHOLE, mask=ratio), device=device) for ratio in RATIOS}
-    seconds = {name: statistics.median(values) / (batches if name in trained else 1)
-               for name, values in take_turns(steps, rounds=7).items()}  # fmt: skip
+    ready = {}
+    for B in {recipe.batch_size for recipe in trained.values()}:
+        draw = FLIPBatches(data, replace(WHOLE, batch_size=B), seed=0)
+        ready[B] = [draw(step) for step in range(3)]
+    steps = {name: timed_steps(r, ready[r.batch_size], device=device) for name, r in trained.items()}
+    steps |= {f"tower, {ratio:.0%}": timed_tower(replace(WHOLE, mask=ratio), ready[WHOLE.batch_size][0], device=device)
+              for ratio in RATIOS}  # fmt: skip
+    seconds = {name: statistics.median(values) / (3 if name in trained else 1)
+               for name, values in take_turns(steps, rounds=5).items()}  # fmt: skip
     model = begin(MAIN).to(device)
     retrieval(model)  # the first call of a shape is slower
     pairs_ms = take_turns({"": lambda: retrieval(model)}, rounds=3)[""]

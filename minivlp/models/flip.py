@@ -23,7 +23,7 @@ class FLIPConfig(CLIPConfig):
     """CLIP's choices with FLIP's changes, and three new ones. The defaults are the course's own small model."""
 
     patch_size: int = 8  # 64 patches: what is removed must cost something
-    text_width: int = 64  # a small text tower: what it costs cannot be saved (the paper's: 4 to 6 % of the picture's)
+    text_width: int = 64  # a small text tower: what it costs cannot be saved (the paper's: 4 to 7 % of a picture)
     text_depth: int = 2
     text_heads: int = 2
     pad_id: int = 0  # the token that fills up short texts
@@ -53,19 +53,24 @@ def paper_config(name: str) -> FLIPConfig:
     )  # fmt: skip
 
 
+def keep_count(tokens: int, ratio: float) -> int:
+    """K = floor(N * (1 - ratio)). Raises ValueError if ratio is not in [0, 1) or nothing would be left."""
+    K = int(tokens * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is 0.9999999999999998
+    if not (0 <= ratio < 1 and K):
+        raise ValueError(f"removing {ratio:.0%} of {tokens} tokens cannot be done: choose a ratio from 0 to below 1 "
+                         "that leaves at least one")  # fmt: skip
+    return K
+
+
 def random_masking(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens stay (MAE's sampling, which FLIP uses): noise (B, N), any random numbers, -> keep, removed, restore.
 
-    Each row is sorted on its own. `keep` (B, K), K = floor(N * (1 - ratio)), lists the places with the least noise;
-    `removed` (B, N) is True at all others; `restore` (B, N) brings "first the kept, then the removed" back in order.
-    Raises ValueError if ratio is not in [0, 1) or nothing would be left.
+    Each row is sorted on its own. `keep` (B, K), see `keep_count`, lists the places with the least noise; `removed`
+    (B, N) is True at all others; `restore` (B, N) brings "first the kept, then the removed" back in order.
     """
-    B, N = noise.shape
-    K = int(N * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is 0.9999999999999998
-    if not (0 <= ratio < 1 and K):
-        raise ValueError(f"removing {ratio:.0%} of {N} tokens leaves nothing to look at: choose a smaller ratio")
+    K = keep_count(noise.shape[1], ratio)
     shuffle = noise.argsort(dim=1)  # (B, N), the places from the least noise to the most
-    removed = torch.ones(B, N, dtype=torch.bool, device=noise.device)
+    removed = torch.ones_like(noise, dtype=torch.bool)
     removed.scatter_(1, shuffle[:, :K], False)
     return shuffle[:, :K], removed, shuffle.argsort(dim=1)
 
@@ -135,7 +140,7 @@ class FLIPVision(nn.Module):
     def forward(
         self, images: Tensor, keep: Tensor | None = None, *, everything: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, C, H, W), keep (B, K) -> (B, D) and "tokens" (B, 1+K, D), the final states.
+        """images (B, C, H, W), keep (B, K) -> (B, D) and "tokens" (B, 1+K, D), the final states that were computed.
 
         `everything` adds "embedded" (B, 1+K, D) and the `Encoder`'s names.
         """
