@@ -122,6 +122,14 @@ class CLIPText(nn.Module):
         return self.encoder.norm(x)[:, 0], {}
 
 
+def check_pictures(images: Tensor, config: CLIPConfig) -> None:
+    """Raises ValueError for pictures of any other shape than (B, C, H, W) with the configured channels and size."""
+    expected = (config.channels, config.image_size, config.image_size)
+    if images.shape[1:] != expected:  # 32x128 has as many patches as 64x64, and would pass unnoticed
+        raise ValueError(f"expected pictures (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}: "
+                         "resize them or build the model with another image_size")  # fmt: skip
+
+
 class CLIPVision(nn.Module):
     """The image tower: patches without bias, class token, positions, **a LayerNorm before the blocks** (paper, 2.4),
     blocks, LayerNorm on the class token."""
@@ -138,14 +146,8 @@ class CLIPVision(nn.Module):
         )
 
     def forward(self, images: Tensor, *, everything: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, C, H, W) -> (B, D). `everything` adds "embedded" (B, 1+N, D) and the `Encoder`'s names.
-
-        Raises ValueError for pictures of any other size than the configured one.
-        """
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
-        if images.shape[1:] != expected:  # 32x128 has as many patches as 64x64, and would pass unnoticed
-            raise ValueError(f"expected pictures (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}: "
-                             "resize them or build the model with another image_size")  # fmt: skip
+        """images (B, C, H, W) -> (B, D). `everything` adds "embedded" (B, 1+N, D) and the `Encoder`'s names."""
+        check_pictures(images, self.config)
         x = self.patch_embed(images)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         x = self.norm_pre(x)

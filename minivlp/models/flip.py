@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minivlp.layers import Encoder, PatchEmbed, init_xavier, patchify, to_float_pixels
-from minivlp.models.clip import CLIP, CLIPConfig, CLIPText
+from minivlp.models.clip import CLIP, CLIPConfig, CLIPText, check_pictures
 
 PAPER_SIZES = {  # released code: patch, image width, depth and heads, text width, depth and heads, shared numbers E
     "B/16": (16, 768, 12, 12, 512, 12, 8, 512),
@@ -102,8 +102,7 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 class FLIPVision(nn.Module):
     """The image tower: a plain ViT that can be given some of the patches only (paper, 3).
 
-    Patches and their positions -> **the kept ones** -> class token in front -> blocks -> LayerNorm -> mean. No
-    LayerNorm before the blocks; the mean runs over the class token too (released code).
+    No LayerNorm before the blocks; the mean runs over the class token too (released code).
     """
 
     def __init__(self, config: FLIPConfig) -> None:
@@ -115,25 +114,17 @@ class FLIPVision(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(c.grid**2, c.image_width))
         else:
             self.register_buffer("pos_embed", sincos_positions(c.grid, c.image_width))
-        self.encoder = Encoder(
-            c.image_width, c.image_depth, c.image_heads, mlp_ratio=c.mlp_ratio, eps=c.eps, gelu=c.gelu
-        )
+        sizes = c.image_width, c.image_depth, c.image_heads
+        self.encoder = Encoder(*sizes, mlp_ratio=c.mlp_ratio, eps=c.eps, gelu=c.gelu)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """images (B, C, H, W), keep (B, K) -> tokens (B, 1+K, D), class token first; without `keep` K = N.
-
-        Each patch has the position of its place in the whole picture. What is not kept is dropped before anything is
-        computed from it. Raises ValueError for pictures of any other size than the configured one.
-        """
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
-        if images.shape[1:] != expected:  # 32x128 has as many patches as 64x64, and would pass unnoticed
-            raise ValueError(f"expected pictures (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}: "
-                             "resize them or build the model with another image_size")  # fmt: skip
+        """images (B, C, H, W), keep (B, K) -> tokens (B, 1+K, D), class token first; without `keep` K = N."""
+        check_pictures(images, self.config)
         patches = patchify(images, self.config.patch_size)  # (B, N, C*P*P)
         positions = self.pos_embed  # (N, D)
-        if keep is not None:
+        if keep is not None:  # what is dropped is dropped before anything is computed from it
             patches = patches.take_along_dim(keep[..., None], dim=1)  # (B, K, C*P*P)
-            positions = positions[keep]  # (B, K, D)
+            positions = positions[keep]  # (B, K, D), of the patch's place in the whole picture
         x = self.patch_embed.proj(to_float_pixels(patches)) + positions
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # the class token gets no position
 
@@ -141,18 +132,13 @@ class FLIPVision(nn.Module):
         self, images: Tensor, keep: Tensor | None = None, *, everything: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images (B, C, H, W), keep (B, K) -> (B, D) and "tokens" (B, 1+K, D), the final states that were computed.
-
-        `everything` adds "embedded" (B, 1+K, D) and the `Encoder`'s names.
-        """
-        x = self.embed(images, keep)
-        only_first = self.config.pool == "cls" and not everything
+        `everything` adds "embedded" (B, 1+K, D) and the `Encoder`'s names."""
+        x, pool = self.embed(images, keep), self.config.pool
+        only_first = pool == "cls" and not everything
         states, named = self.encoder(x, rows=1 if only_first else None, everything=everything)
-        named["tokens"] = states
-        if everything:
-            named["embedded"] = x
-        if self.config.pool == "cls":
-            return states[:, 0], named
-        return (states[:, 1:] if self.config.pool == "patches" else states).mean(dim=1), named
+        named |= {"tokens": states} | ({"embedded": x} if everything else {})
+        pooled = states[:, 0] if pool == "cls" else states[:, int(pool == "patches") :].mean(dim=1)
+        return pooled, named
 
 
 class FLIPText(CLIPText):
