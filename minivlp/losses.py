@@ -110,3 +110,56 @@ def next_words(ids: Tensor, mask: Tensor) -> Tensor:
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORE)
     return labels
+
+
+def distilled_contrastive_loss(
+    logits: Tensor, teacher_logits: Tensor, alpha: float | Tensor, positives: Tensor | None = None,
+    *, ignore: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One direction of ALBEF's ITC (3.2 and 3.3): logits (B, M) of B queries over M = B + Q keys.
+
+    The target is alpha times the teacher's softmax plus 1 - alpha times the truth: key i for query i, or, if there are
+    `positives` (B, M), evenly all of them. Keys in `ignore` (B, M) take no part. Gradients flow into `logits` alone.
+    """
+    B, M = logits.shape
+    logits, teacher_logits = logits.float(), teacher_logits.detach().float()
+    truth = torch.eye(B, M, device=logits.device) if positives is None else positives.float()
+    if ignore is not None:
+        logits, teacher_logits = (t.masked_fill(ignore, -1e4) for t in (logits, teacher_logits))
+        truth = truth.masked_fill(ignore, 0)
+    truth = truth / truth.sum(dim=1, keepdim=True)
+    target = alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * truth
+    return F.cross_entropy(logits, target)
+
+
+def distilled_lm_loss(
+    head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor, teacher_scores: Tensor, alpha: float | Tensor
+) -> Tensor:
+    """ALBEF's MLM (paper, 3.3): states (B, L, D), labels (B, L), `IGNORE` where nothing is hidden.
+
+    `teacher_scores` (M, V) are the teacher's at the M asked positions, in reading order. The target is alpha times
+    their softmax plus 1 - alpha times the hidden word. Without any asked position the loss is 0.
+    """
+    asked = labels != IGNORE
+    if not asked.any():
+        return states.sum() * 0.0
+    scores = head(states[asked]).float()
+    truth = F.one_hot(labels[asked], scores.shape[-1]).float()
+    return F.cross_entropy(scores, alpha * teacher_scores.detach().float().softmax(dim=-1) + (1 - alpha) * truth)
+
+
+@torch.no_grad()
+def hard_negatives(similarity: Tensor, forbidden: Tensor, noise: Tensor) -> Tensor:
+    """ITM's wrong partners (ALBEF, 3.2): similarity (B, B), divided by the temperature -> one column for each row (B).
+
+    Drawn, not picked: column j with a chance that grows with softmax(similarity), never a `forbidden` one (B, B), such
+    as the true partner. `noise` (B) are uniform random numbers in [0, 1) that decide. Every allowed column keeps a
+    small chance (1e-4, as in BLIP), or a sure model would leave nothing to draw from. Raises ValueError if a row
+    forbids everything.
+    """
+    if forbidden.all(dim=1).any():
+        raise ValueError("a row has no wrong partner left: use a larger batch, or batches without repetitions")
+    chance = (similarity.float().softmax(dim=1) + 1e-4).masked_fill(forbidden, 0)
+    edges = chance.cumsum(dim=1)  # (B, B), the right ends of the columns' shares
+    point = noise[:, None].clamp(max=1 - 1e-6) * edges[:, -1:]  # below the last edge, also after rounding
+    return torch.searchsorted(edges, point, right=True)[:, 0]

@@ -21,6 +21,7 @@ from minivlp.evaluate import (
     filled_in,
     k_per_class,
     mean_and_spread,
+    peak_memory,
     predict,
     probe_scores,
     recall_at,
@@ -298,3 +299,53 @@ def test_attention_shares_by_hand_and_without_padded_askers():
     weights[:, :, 3, 1] = weights[:, :, 4, 4] = 1.0
     shares = attention_shares(weights, torch.tensor([[True, True, False]]))
     assert torch.allclose(shares, torch.tensor([0.375, 0.625, 0.5, 0.5]))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_the_highest_point_and_not_the_sum(capfd):
+    cpu, MB = torch.device("cpu"), 2**20
+
+    def one() -> None:
+        torch.zeros(10 * MB, dtype=torch.uint8)
+
+    def after_each_other() -> None:
+        for _ in range(3):
+            torch.zeros(10 * MB, dtype=torch.uint8)  # released before the next one
+
+    def together() -> None:
+        kept = [torch.zeros(10 * MB, dtype=torch.uint8) for _ in range(3)]
+        del kept
+
+    held = torch.zeros(50 * MB, dtype=torch.uint8)  # what is there before does not count
+    sizes = [peak_memory(step, device=cpu) / MB for step in (one, after_each_other, together)]
+    assert sizes == pytest.approx([10, 10, 30], abs=0.5)
+    assert len(held) == 50 * MB
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""  # the profiler announces itself on standard error
+
+
+def test_peak_memory_counts_what_the_backward_pass_needs():
+    weights = torch.randn(256, 256, requires_grad=True)
+    x = torch.randn(4096, 256)  # 4 MB
+
+    def layers(n: int) -> None:
+        y = x
+        for _ in range(n):
+            y = (y @ weights).tanh()  # tanh remembers its result
+        y.sum().backward()
+
+    few, many = (peak_memory(lambda n=n: layers(n), device=torch.device("cpu")) for n in (2, 6))
+    assert many - few == pytest.approx(4 * 4 * 2**20, rel=0.3)
+
+
+def test_peak_memory_knows_where_it_cannot_count():
+    with pytest.raises(ValueError, match="cannot be followed on meta: measure it on the CPU or on CUDA"):
+        peak_memory(lambda: None, device=torch.device("meta"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory_on_cuda():
+    cuda = torch.device("cuda")
+    assert peak_memory(lambda: torch.zeros(10 * 2**20, dtype=torch.uint8, device=cuda), device=cuda) >= 10 * 2**20

@@ -16,6 +16,9 @@ from minivlp.losses import (
     IGNORE,
     contrastive_loss,
     cosine_cost,
+    distilled_contrastive_loss,
+    distilled_lm_loss,
+    hard_negatives,
     ipot,
     masked_lm_loss,
     next_words,
@@ -525,3 +528,400 @@ def test_next_words_teach_a_model_that_reads_from_the_left():
     # In the second text 9 is followed by 3: one word of three is foretold wrongly, with a sureness of 30.
     assert masked_lm_loss(lambda x: x @ table, states[1:], labels[1:]).item() == pytest.approx(10, abs=1e-3)
     assert masked_lm_loss(lambda x: 30 * x, states, labels).item() > 20
+
+
+# --- a teacher's opinion ---------------------------------------------------------------------------------------------
+
+# Two pictures among two texts, and among three, the last of which is from a queue. e to the logits, row sums 4, 4 and
+# 8, 20 for the student, 2, 4 and 4, 10 for the teacher.
+STUDENT_2, TEACHER_2 = torch.tensor([[3.0, 1.0], [2.0, 2.0]]).log(), torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log()
+STUDENT_3 = torch.tensor([[6.0, 1.0, 1.0], [12.0, 3.0, 5.0]]).log()
+TEACHER_3 = torch.tensor([[1.0, 1.0, 2.0], [2.0, 6.0, 2.0]]).log()
+
+
+def test_distilled_contrastive_loss_by_hand():
+    """At alpha = 0.4: 0.4 * (1/2, 1/2) + 0.6 * (1, 0) = (0.8, 0.2), and so on."""
+    loss = distilled_contrastive_loss(STUDENT_2, TEACHER_2, 0.4)
+    by_hand = -(0.8 * math.log(3 / 4) + 0.2 * math.log(1 / 4) + 0.1 * math.log(1 / 2) + 0.9 * math.log(1 / 2)) / 2
+    assert loss.shape == () and loss.item() == pytest.approx(by_hand, abs=1e-6)
+
+    loss = distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4)
+    first = 0.7 * math.log(6 / 8) + 0.1 * math.log(1 / 8) + 0.2 * math.log(1 / 8)
+    second = 0.08 * math.log(12 / 20) + 0.84 * math.log(3 / 20) + 0.08 * math.log(5 / 20)
+    assert loss.item() == pytest.approx(-(first + second) / 2, abs=1e-6)
+    own, soft = torch.eye(2, 3), TEACHER_3.softmax(1)
+    close(F.cross_entropy(STUDENT_3, 0.4 * soft + 0.6 * own), loss)
+    wrong = {
+        "the truth stands at the queue's end": F.cross_entropy(STUDENT_3, 0.4 * soft + 0.6 * own.flip(0, 1)),
+        "alpha and 1 - alpha exchanged": F.cross_entropy(STUDENT_3, 0.6 * soft + 0.4 * own),
+        "the teacher alone": F.cross_entropy(STUDENT_3, soft),
+        "the truth alone": F.cross_entropy(STUDENT_3, own),
+        "both added": F.cross_entropy(STUDENT_3, 0.4 * soft + own),
+        "the teacher's logits as they are": F.cross_entropy(STUDENT_3, 0.4 * TEACHER_3 + 0.6 * own),
+        "the teacher chooses along the columns": F.cross_entropy(STUDENT_3, 0.4 * TEACHER_3.softmax(0) + 0.6 * own),
+        "student and teacher exchanged": F.cross_entropy(TEACHER_3, 0.4 * STUDENT_3.softmax(1) + 0.6 * own),
+        "the sum over the queries": 2 * loss,
+    }
+    for name, other in wrong.items():
+        assert (loss - other).abs() > 0.02, name
+
+
+def test_without_a_teachers_say_it_is_one_half_of_the_contrastive_loss():
+    logits, teacher = torch.randn(6, 6) * 3, torch.randn(6, 6) * 3
+    for positives in (None, groups(0, 1, 0, 2, 1, 0)):
+        to_text = distilled_contrastive_loss(logits, teacher, 0.0, positives)
+        to_image = distilled_contrastive_loss(logits.T, teacher.T, 0.0, positives)
+        close((to_text + to_image) / 2, contrastive_loss(logits, positives))
+        assert (to_text - to_image).abs() > 0.01
+    longer, opinion = torch.randn(6, 10), torch.randn(6, 10)
+    close(distilled_contrastive_loss(longer, opinion, 0.0), F.cross_entropy(longer, torch.arange(6)))
+
+
+def test_with_the_teachers_say_alone_the_truth_does_not_count():
+    logits, teacher = torch.randn(6, 10) * 3, torch.randn(6, 10) * 3
+    loss = distilled_contrastive_loss(logits, teacher, 1.0)
+    close(loss, -(teacher.softmax(1) * logits.log_softmax(1)).sum(1).mean())
+    positives = torch.rand(6, 10) < 0.5
+    positives[:, 0] = True
+    close(distilled_contrastive_loss(logits, teacher, 1.0, positives), loss)
+    assert (distilled_contrastive_loss(logits, teacher, 0.9, positives) - loss).abs() > 0.01
+    alpha = torch.tensor(0.3)  # may be a tensor, as that of a ramp
+    close(distilled_contrastive_loss(logits, teacher, alpha), distilled_contrastive_loss(logits, teacher, 0.3), 0)
+
+
+def test_the_truth_is_shared_among_all_positives_of_a_query():
+    """Query 0 belongs with its own text and with one of the queue: (1/2, 0, 1/2) is its truth."""
+    positives = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
+    loss = distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4, positives)
+    first = 0.4 * math.log(6 / 8) + 0.1 * math.log(1 / 8) + 0.5 * math.log(1 / 8)  # 0.4 * 1/4 + 0.6 * 1/2, ...
+    second = 0.08 * math.log(12 / 20) + 0.84 * math.log(3 / 20) + 0.08 * math.log(5 / 20)
+    assert loss.item() == pytest.approx(-(first + second) / 2, abs=1e-6)
+    target = 0.4 * TEACHER_3.softmax(1) + 0.6 * positives
+    wrong = {
+        "not shared out": F.cross_entropy(STUDENT_3, target),
+        "the mixture shared out": F.cross_entropy(STUDENT_3, target / target.sum(1, keepdim=True)),
+        "its own alone": distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4),
+    }
+    for name, other in wrong.items():
+        assert (loss - other).abs() > 0.02, name
+    close(distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4, positives.float()), loss, 0)
+    close(distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4, torch.eye(2, 3)),
+          distilled_contrastive_loss(STUDENT_3, TEACHER_3, 0.4), 0)  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_ignored_keys_are_as_good_as_absent(alpha):
+    logits, teacher = (torch.randn(4, 9) * 3).requires_grad_(), torch.randn(4, 9) * 3
+    positives, column = torch.eye(4, 9).bool(), torch.arange(9)
+    positives[1, 6] = positives[2, 8] = True
+    ignore = (column == 5) | (column == 8)  # the same for all, so that the columns can be left out
+    loss = distilled_contrastive_loss(logits, teacher, alpha, positives, ignore=ignore.expand(4, -1))
+    kept = (logits[:, ~ignore], teacher[:, ~ignore])
+    close(loss, distilled_contrastive_loss(*kept, alpha, positives[:, ~ignore]))  # a positive among them goes as well
+    plain = distilled_contrastive_loss(logits, teacher, alpha, ignore=ignore.expand(4, -1))
+    close(plain, distilled_contrastive_loss(*kept, alpha))
+    gradient = torch.autograd.grad(loss, logits)[0]
+    assert not gradient[:, ignore].any() and gradient[:, ~ignore].abs().amax(1).min() > 0
+    wild = torch.where(ignore, 900 * torch.rand(4, 9), teacher)  # whatever the teacher thinks of them
+    close(distilled_contrastive_loss(logits, wild, alpha, positives, ignore=ignore.expand(4, -1)), loss)
+    wrong = {"nothing is ignored": distilled_contrastive_loss(logits, teacher, alpha, positives)}
+    if alpha:  # the student cannot follow where it may not look
+        masked = logits.masked_fill(ignore, -1e4)
+        wrong["by the student alone"] = distilled_contrastive_loss(masked, wild, alpha, positives & ~ignore)
+    for name, other in wrong.items():
+        assert (loss - other).abs() > 0.05, name
+
+
+def test_each_query_ignores_its_own():
+    logits, teacher = torch.randn(4, 7), torch.randn(4, 7)
+    ignore = torch.zeros(4, 7, dtype=torch.bool)
+    ignore[0, [1, 5]] = ignore[1, [2, 3]] = ignore[3, [0, 1, 4, 5, 6]] = True  # and none of the third's
+    loss = distilled_contrastive_loss(logits, teacher, 0.4, ignore=ignore)
+    parts = []
+    for b, row in enumerate(~ignore):
+        target = 0.4 * teacher[b, row].softmax(0) + 0.6 * (torch.arange(7)[row] == b)
+        parts.append(-(target * logits[b, row].log_softmax(0)).sum())
+    close(loss, torch.stack(parts).mean())
+    close(distilled_contrastive_loss(logits, teacher, 0.4, ignore=torch.zeros_like(ignore)),
+          distilled_contrastive_loss(logits, teacher, 0.4), 0)  # fmt: skip
+
+
+def test_the_teacher_learns_nothing_and_the_student_moves_towards_the_target():
+    logits, teacher = (torch.randn(5, 8).requires_grad_() for _ in range(2))
+    distilled_contrastive_loss(logits, teacher, 0.4).backward()
+    target = 0.4 * teacher.softmax(1) + 0.6 * torch.eye(5, 8)
+    assert teacher.grad is None
+    close(logits.grad, ((logits.softmax(1) - target) / 5).detach())
+    through = torch.autograd.grad(F.cross_entropy(logits, target), teacher)[0]  # without the stop it would learn
+    assert through.abs().max() > 1e-3
+
+
+def test_the_papers_formula_with_kl_has_the_same_gradient():
+    """(1 - alpha) CE + alpha KL (paper, 3.3) is less by alpha times the teacher's entropy, which no student moves."""
+    logits, teacher, alpha = torch.randn(5, 8).requires_grad_(), torch.randn(5, 8), 0.4
+    loss = distilled_contrastive_loss(logits, teacher, alpha)
+    q = teacher.softmax(1)
+    kl = F.kl_div(logits.log_softmax(1), q, reduction="batchmean")
+    papers = (1 - alpha) * F.cross_entropy(logits, torch.arange(5)) + alpha * kl
+    entropy = -(q * q.log()).sum(1).mean()
+    close(loss - papers, alpha * entropy)
+    assert alpha * entropy > 0.5
+    close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(papers, logits)[0])
+
+
+def test_distilled_contrastive_loss_is_float32():
+    logits, teacher = torch.randn(6, 9).bfloat16() * 20, torch.randn(6, 9).bfloat16() * 20
+    expected = distilled_contrastive_loss(logits.float(), teacher.float(), 0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = distilled_contrastive_loss(logits, teacher, 0.4)
+    assert loss.dtype == torch.float32
+    close(loss, expected)
+    ignore = torch.arange(9) > 6
+    sure = distilled_contrastive_loss(1000 * torch.eye(6, 9), 1000 * torch.eye(6, 9), 0.4, ignore=ignore.expand(6, -1))
+    assert sure.item() == 0  # at the lowest temperature too: neither infinite nor not a number
+
+
+def test_distilled_lm_loss_by_hand():
+    """Two texts, three places asked, three words: the student's odds are 6:1:1, 2:2:4 and 1:3:4, eighths all."""
+    odds = torch.full((2, 3, 3), 9.0)
+    odds[0, 1:], odds[1, 0] = torch.tensor([[6.0, 1.0, 1.0], [2.0, 2.0, 4.0]]), torch.tensor([1.0, 3.0, 4.0])
+    labels = torch.tensor([[IGNORE, 0, 2], [1, IGNORE, IGNORE]])
+    teacher = torch.tensor([[2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [1.0, 2.0, 1.0]]).log()
+    loss, moved = (distilled_lm_loss(nn.Identity(), odds.log(), labels, t, 0.4) for t in (teacher, teacher.roll(1, 0)))
+    first = 0.8 * math.log(6 / 8) + 0.1 * math.log(1 / 8) + 0.1 * math.log(1 / 8)  # 0.4 * (1/2, 1/4, 1/4) + 0.6 * own
+    second = 0.1 * math.log(2 / 8) + 0.1 * math.log(2 / 8) + 0.8 * math.log(4 / 8)
+    third = 0.1 * math.log(1 / 8) + 0.8 * math.log(3 / 8) + 0.1 * math.log(4 / 8)
+    assert loss.shape == () and loss.item() == pytest.approx(-(first + second + third) / 3, abs=1e-6)
+    scores, own = odds.log()[labels != IGNORE], torch.eye(3)[[0, 2, 1]]
+    wrong = {
+        "the mean over all positions": loss / 2,
+        "the mean over texts": ((first + second) / -2 - third) / 2,
+        "alpha and 1 - alpha exchanged": F.cross_entropy(scores, 0.6 * teacher.softmax(1) + 0.4 * own),
+        "the truth alone": F.cross_entropy(scores, own),
+        "the teacher alone": F.cross_entropy(scores, teacher.softmax(1)),
+        "the teacher's scores as they are": F.cross_entropy(scores, 0.4 * teacher + 0.6 * own),
+        "the teacher's words in another order": moved,
+    }
+    for name, other in wrong.items():
+        assert abs(loss - other) > 0.02, name
+
+
+def test_the_teachers_words_are_taken_in_reading_order():
+    """Text after text, from the left: what `teacher_states[asked]` gives. Places first would mix the texts up."""
+    head, states, labels = hidden_words()
+    opinion, asked = torch.randn(3, 6, 10), labels != IGNORE
+    loss = distilled_lm_loss(head, states, labels, opinion[asked], 0.7)
+    target = 0.7 * opinion.softmax(-1)
+    target[asked] += 0.3 * F.one_hot(labels[asked], 10)
+    each = -(target * head(states).log_softmax(-1)).sum(-1)  # (3, 6)
+    close(loss, each[asked].mean())
+    mixed = distilled_lm_loss(head, states, labels, opinion.transpose(0, 1)[asked.T], 0.7)
+    assert (mixed - loss).abs() > 0.01
+
+
+def test_distilled_lm_loss_between_truth_and_teacher():
+    head, states, labels = hidden_words()
+    teacher, inputs = torch.randn(5, 10) * 3, (states, *head.parameters())
+    asked = labels != IGNORE
+    soft = F.cross_entropy(head(states[asked]), teacher.softmax(1))
+    for alpha, expected in ((0.0, masked_lm_loss(head, states, labels)), (1.0, soft)):
+        loss = distilled_lm_loss(head, states, labels, teacher, alpha)
+        close(loss, expected)
+        gradients = (torch.autograd.grad(x, inputs, retain_graph=True) for x in (loss, expected))
+        for ours, theirs in zip(*gradients, strict=True):
+            close(ours, theirs)
+    other = labels.masked_fill(asked, 7)
+    close(distilled_lm_loss(head, states, other, teacher, 1.0), soft)  # the teacher alone does not ask for the word
+    assert (distilled_lm_loss(head, states, other, teacher, 0.0) - masked_lm_loss(head, states, labels)).abs() > 0.01
+    middle = distilled_lm_loss(head, states, labels, teacher, torch.tensor(0.25))
+    close(middle, 0.75 * masked_lm_loss(head, states, labels) + 0.25 * soft)
+
+
+def test_the_teacher_of_words_learns_nothing_and_the_head_sees_the_asked_positions_alone():
+    head, states, labels = hidden_words()
+    teacher, seen = torch.randn(5, 10, requires_grad=True), []
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    distilled_lm_loss(head, states, labels, teacher, 0.4).backward()
+    assert teacher.grad is None and min(p.grad.abs().max() for p in head.parameters()) > 1e-4
+    assert torch.equal(states.grad.abs().amax(-1) > 0, labels != IGNORE)
+    assert len(seen) == 1 and torch.equal(seen[0], states[labels != IGNORE])
+    target = 0.4 * teacher.softmax(1) + 0.6 * F.one_hot(labels[labels != IGNORE], 10)
+    through = torch.autograd.grad(F.cross_entropy(head(states[labels != IGNORE]), target), teacher)[0]
+    assert through.abs().max() > 1e-3  # without the stop it would
+
+
+def test_nothing_asked_costs_nothing_with_a_teacher_too():
+    head, states, labels = hidden_words()
+    loss = distilled_lm_loss(head, states, torch.full_like(labels, IGNORE), torch.zeros(0, 10), 0.4)
+    assert loss.item() == 0 and loss.shape == ()
+    loss.backward()
+    assert states.grad is not None and not states.grad.any()
+    assert F.cross_entropy(torch.zeros(0, 10), torch.zeros(0, 10)).isnan()  # PyTorch's own answer
+
+
+def test_distilled_lm_loss_is_float32_under_autocast():
+    head, states, labels = hidden_words()
+    teacher = torch.randn(5, 10).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = distilled_lm_loss(head, states, labels, teacher, 0.4)
+    assert loss.dtype == torch.float32
+    assert (loss - distilled_lm_loss(head, states, labels, teacher.float(), 0.4)).abs() < 0.05
+
+
+# --- hard negatives --------------------------------------------------------------------------------------------------
+
+# Five pictures and five texts. Texts 0 and 2 belong to the same picture, so each of them is forbidden to the other.
+SIMILARITY = torch.tensor([
+    [3.0, 2.0, 2.5, 1.0, 1.5],
+    [0.5, 4.0, 1.0, 0.0, 2.0],
+    [2.5, 1.0, 3.0, 2.5, 2.0],
+    [1.0, 1.0, 1.0, 2.0, 1.0],
+    [-1.0, 2.0, 0.0, 1.0, 3.0],
+])  # fmt: skip
+FORBIDDEN = groups(0, 1, 0, 2, 3)
+SURE = 50 * torch.eye(5)  # a model that has no doubt: every softmax is a one and four numbers below 1e-21
+
+
+def drawn(draws: int, *, noise: Tensor | None = None) -> Tensor:
+    """How often each row of `SIMILARITY` draws each column, (5, 5)."""
+    counts = torch.zeros(5, 5)
+    for b in range(5):
+        rows = (t[b].expand(draws, -1) for t in (SIMILARITY, FORBIDDEN))
+        columns = hard_negatives(*rows, torch.rand(draws) if noise is None else noise)
+        counts[b] = torch.bincount(columns, minlength=5)
+    return counts
+
+
+def chances(similarity: Tensor, forbidden: Tensor = FORBIDDEN, floor: float = 0.0) -> Tensor:
+    """Softmax with the forbidden ones taken out, and the rest stretched to 1."""
+    chance = (similarity.softmax(1) + floor).masked_fill(forbidden, 0)
+    return chance / chance.sum(1, keepdim=True)
+
+
+def test_hard_negatives_by_hand():
+    """One row with the shares 0, 1/2, 1/8, 3/8 (nearly, for the 1e-4): the noise 0.3 falls into the first of them."""
+    similarity = torch.tensor([8.0, 4.0, 1.0, 3.0]).log().expand(6, -1)
+    forbidden = torch.tensor([True, False, False, False]).expand(6, -1)
+    noise = torch.tensor([0.0, 0.3, 0.49, 0.51, 0.61, 0.7])
+    columns = hard_negatives(similarity, forbidden, noise)
+    assert columns.tolist() == [1, 1, 1, 2, 2, 3] and columns.dtype == torch.long and columns.shape == (6,)
+
+
+def test_hard_negatives_are_drawn_by_softmax_without_the_forbidden():
+    """20,000 draws a row against the documented chances, chi-square with at most 3 degrees of freedom."""
+    draws = 20_000
+    counts = drawn(draws)
+    assert not counts[FORBIDDEN].any() and (counts.sum(1) == draws).all()
+
+    def misfit(expected: Tensor) -> float:
+        """The largest chi-square of a row."""
+        expected = draws * expected
+        each = (counts - expected) ** 2 / expected.clamp(min=1e-9)
+        return each.masked_fill(FORBIDDEN, 0).sum(1).max().item()
+
+    assert misfit(chances(SIMILARITY)) < 20 and misfit(chances(SIMILARITY, floor=1e-4)) < 20
+    even = (~FORBIDDEN) / (~FORBIDDEN).sum(1, keepdim=True)
+    easy = chances(-SIMILARITY)
+    hardest = F.one_hot(SIMILARITY.masked_fill(FORBIDDEN, -99).argmax(1), 5).float()
+    wrong = {
+        "evenly": even,
+        "the easiest": easy,
+        "the hardest": hardest,
+        "not yet divided by the temperature": chances(0.1 * SIMILARITY),
+        "along the columns": chances(SIMILARITY.T),
+        "in proportion, without exp": chances(SIMILARITY.clamp(min=0.1).log()),
+    }
+    for name, expected in wrong.items():
+        assert misfit(expected) > 200, name
+
+
+def test_evenly_spread_noise_gives_each_column_its_share():
+    """Without chance: of 100,000 equal steps of noise each column gets its own share, up to one at each end."""
+    steps = 100_000
+    counts = drawn(steps, noise=(torch.arange(steps) + 0.5) / steps)
+    assert (counts - steps * chances(SIMILARITY, floor=1e-4)).abs().max() <= 1.1
+    assert (counts - steps * chances(SIMILARITY)).abs().max() > 10  # the small chance of each is there as well
+    # Where the model is nearly sure and leaves a thousandth or two for all others, it is much of the choice.
+    sure = SIMILARITY + 6 * torch.eye(5)
+    assert (chances(sure, floor=1e-4) - chances(sure)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("similarity", [SIMILARITY, SURE, 0 * SURE, -SURE, 900 * SIMILARITY, SURE.roll(2, 1)])
+def test_the_forbidden_are_never_drawn(similarity):
+    """Not by noise at the very ends either, where rounding lurks, and wherever the forbidden ones stand."""
+    forbidden = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
+    rows = torch.arange(5)
+    for forbid in (forbidden.bool(), FORBIDDEN):
+        for end, side in ((0.0, 0), (0.999_999_9, -1), (1 - 2**-24, -1), (1e-9, 0)):
+            columns = hard_negatives(similarity, forbid, torch.full((5,), end))
+            assert not forbid[rows, columns].any()
+            # These two ends always give the first and the last that is allowed.
+            assert columns.tolist() == [(~row).nonzero()[side].item() for row in forbid]
+        for _ in range(200):
+            assert not forbid[rows, hard_negatives(similarity, forbid, torch.rand(5))].any()
+    edges = (similarity.softmax(1) + 1e-4).masked_fill(forbidden.bool(), 0).cumsum(1)
+    wrong = {
+        "the edge itself counts": torch.searchsorted(edges, torch.zeros(5, 1)),
+        "rounded up to the end": torch.searchsorted(edges, edges[:, -1:].clone(), right=True).clamp(max=4),
+    }
+    for name, columns in wrong.items():
+        assert forbidden[rows, columns[:, 0]].any(), name
+
+
+def test_a_sure_model_still_draws_all_others():
+    """Every similarity but that of the pair is as good as zero: then all wrong partners are equally likely."""
+    eye, noise = torch.eye(5).bool(), (torch.arange(4) + 0.5) / 4
+    for b in range(5):
+        columns = hard_negatives(SURE[b].expand(4, -1), eye[b].expand(4, -1), noise)
+        assert columns.tolist() == [j for j in range(5) if j != b]
+    for similarity in (10 * SURE, 10 * SURE + 1e-4):  # the small chance comes after the softmax; before it is no help
+        nothing = similarity.softmax(1).masked_fill(eye, 0)
+        with pytest.raises(RuntimeError, match="invalid multinomial distribution"):
+            torch.multinomial(nothing, 1)
+        assert not hard_negatives(similarity, eye, torch.rand(5)).eq(torch.arange(5)).any()
+
+
+def test_hard_negatives_are_drawn_and_not_picked():
+    """The most similar one is drawn most often, but by no means always: another may teach more."""
+    hardest = SIMILARITY.masked_fill(FORBIDDEN, -99).argmax(1)
+    share = drawn(2000)[torch.arange(5), hardest] / 2000
+    assert (share < 0.9).all() and (share > 0.2).all()
+    close(share, chances(SIMILARITY)[torch.arange(5), hardest], 0.05)
+    assert (drawn(2000) > 0)[~FORBIDDEN].all()
+
+
+def test_hard_negatives_depend_on_the_noise_alone():
+    noise = torch.rand(5)
+    before = SIMILARITY.clone(), FORBIDDEN.clone(), noise.clone()
+    torch.manual_seed(1)
+    columns = hard_negatives(SIMILARITY, FORBIDDEN, noise)
+    state = torch.get_rng_state()
+    assert torch.equal(hard_negatives(SIMILARITY, FORBIDDEN, noise), columns)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn in there
+    assert all(torch.equal(a, b) for a, b in zip((SIMILARITY, FORBIDDEN, noise), before, strict=True))
+    for b in range(5):  # each row by itself
+        close(hard_negatives(SIMILARITY[b : b + 1], FORBIDDEN[b : b + 1], noise[b : b + 1]), columns[b : b + 1], 0)
+    close(hard_negatives(SIMILARITY + 100, FORBIDDEN, noise), columns, 0)
+    assert len({tuple(hard_negatives(SIMILARITY, FORBIDDEN, torch.rand(5)).tolist()) for _ in range(20)}) > 5
+
+
+def test_hard_negatives_give_no_gradient_and_take_half_precision():
+    similarity = SIMILARITY.clone().requires_grad_()
+    noise = torch.rand(5)
+    columns = hard_negatives(similarity, FORBIDDEN, noise)
+    assert not columns.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halved = hard_negatives(SIMILARITY.bfloat16(), FORBIDDEN, noise)  # its numbers are exact in bfloat16
+    assert torch.equal(halved, columns)
+
+
+def test_a_row_without_a_wrong_partner():
+    message = "^a row has no wrong partner left: use a larger batch, or batches without repetitions$"
+    with pytest.raises(ValueError, match=message):
+        hard_negatives(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.rand(1))
+    forbidden = FORBIDDEN.clone()
+    forbidden[3] = True
+    with pytest.raises(ValueError, match=message):
+        hard_negatives(SIMILARITY, forbidden, torch.rand(5))
+    forbidden[3, 1] = False
+    assert hard_negatives(SIMILARITY, forbidden, torch.rand(5))[3] == 1
