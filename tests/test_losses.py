@@ -759,9 +759,11 @@ def test_nothing_asked_costs_nothing_with_a_teacher_too():
     assert F.cross_entropy(torch.zeros(0, 10), torch.zeros(0, 10)).isnan()  # PyTorch's own answer
 
 
-def test_distilled_lm_loss_is_float32_under_autocast():
+def test_distilled_lm_loss_is_float32():
     head, states, labels = hidden_words()
     teacher = torch.randn(5, 10).bfloat16()
+    expected = distilled_lm_loss(lambda x: head(x).bfloat16().float(), states, labels, teacher.float(), 0.4)
+    close(distilled_lm_loss(lambda x: head(x).bfloat16(), states, labels, teacher, 0.4), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = distilled_lm_loss(head, states, labels, teacher, 0.4)
     assert loss.dtype == torch.float32
@@ -852,10 +854,10 @@ def test_the_forbidden_are_never_drawn(similarity):
     forbidden = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
     rows = torch.arange(5)
     for forbid in (forbidden.bool(), FORBIDDEN):
-        for end, side in ((0.0, 0), (0.999_999_9, -1), (1 - 2**-24, -1), (1e-9, 0)):
+        for end, side in ((0.0, 0), (1e-9, 0), (0.999_999_9, -1), (1 - 2**-24, -1), (1.0, -1)):  # 1.0: rounded up
             columns = hard_negatives(similarity, forbid, torch.full((5,), end))
             assert not forbid[rows, columns].any()
-            # These two ends always give the first and the last that is allowed.
+            # The two ends always give the first and the last that is allowed.
             assert columns.tolist() == [(~row).nonzero()[side].item() for row in forbid]
         for _ in range(200):
             assert not forbid[rows, hard_negatives(similarity, forbid, torch.rand(5))].any()
