@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import tower_helpers
 from torch import Tensor, nn
+from tower_helpers import close
 
 from minivlp.data.text import DEFAULT_VOCAB_SIZE
 from minivlp.layers import MLP, Encoder, count_parameters
@@ -53,21 +55,12 @@ def seed():
     torch.manual_seed(0)
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
 def apart(a: Tensor, b: Tensor, least: float = 0.01) -> bool:
     return (a - b).abs().max().item() > least
 
 
 def shake(module: nn.Module, std: float = 0.2) -> nn.Module:
-    """The module with noise on every parameter, so that no zero bias and no unit gain can hide a mistake."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if not name.endswith("temp"):
-                parameter.add_(std * torch.randn_like(parameter))
-    return module.eval()
+    return tower_helpers.shake(module, std, but="temp")  # which must stay positive
 
 
 def shaken(config: ALBEFConfig = SMALL, std: float = 0.2) -> ALBEF:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tower_helpers import ENDS, B, L, close, pictures, shake, texts
 
 from minivlp.data.text import DEFAULT_VOCAB_SIZE, Tokenizer
 from minivlp.evaluate import recall_at
@@ -38,8 +39,7 @@ SMALL = FLIPConfig(
     image_size=16, patch_size=4, image_width=24, image_depth=2, image_heads=2, vocab_size=30, max_text=9,
     text_width=16, text_depth=3, text_heads=4, embed_dim=20,
 )  # fmt: skip
-B, L, N, K = 3, 7, 16, 6
-ENDS = torch.tensor([6, 3, 2])  # where the texts end
+N, K = 16, 6
 LENGTHS = ENDS + 1
 POOLS, POSITIONS = ("mean", "patches", "cls"), ("sincos", "learned")
 
@@ -49,29 +49,8 @@ def seed():
     torch.manual_seed(0)
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
 def shaken(config: FLIPConfig = SMALL, std: float = 0.2) -> FLIP:
-    """A model with noise on every parameter, so that no zero bias and no unit gain can hide a mistake."""
-    model = FLIP(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(std * torch.randn_like(parameter))
-    return model.eval()
-
-
-def pictures(count: int = B, size: int = SMALL.image_size) -> Tensor:
-    return torch.rand(count, 3, size, size) * 2 - 1
-
-
-def texts() -> Tensor:
-    """Ids of three texts of 7, 4 and 3 tokens: 2, words from 4 up, the end 3, and 0 as padding."""
-    ids, places = torch.randint(4, 30, (B, L)), torch.arange(L)
-    ids = ids.masked_fill(places > ENDS[:, None], 0).masked_fill(places == ENDS[:, None], 3)
-    ids[:, 0] = 2
-    return ids
+    return shake(FLIP(config), std)
 
 
 def masking(ratio: float = 1 - K / N) -> tuple[Tensor, Tensor]:

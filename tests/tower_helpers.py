@@ -1,0 +1,37 @@
+"""Shared by the tests of the models from CLIP on: inputs, and weights that hide nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+B, L = 3, 7  # texts, and their tokens with padding
+EOT = 3
+ENDS = torch.tensor([6, 3, 2])  # where the texts end
+
+
+def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def shake(model: nn.Module, std: float = 0.2, *, but: str = "") -> nn.Module:
+    """The model with noise on every parameter, so that no zero bias and no unit gain can hide a mistake; only one whose
+    last name is `but` stays."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] != but:
+                parameter.add_(std * torch.randn_like(parameter))
+    return model.eval()
+
+
+def pictures(count: int = B, size: int = 16) -> Tensor:
+    return torch.rand(count, 3, size, size) * 2 - 1
+
+
+def texts() -> Tensor:
+    """Ids of three texts of 7, 4 and 3 tokens: 2, words from 4 up, the end 3, and 0 as padding. Nearly all ids are
+    larger than that of the end, as in our vocabulary."""
+    ids, places = torch.randint(4, 30, (B, L)), torch.arange(L)
+    ids = ids.masked_fill(places > ENDS[:, None], 0).masked_fill(places == ENDS[:, None], EOT)
+    ids[:, 0] = 2
+    return ids
