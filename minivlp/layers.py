@@ -238,11 +238,14 @@ def init_xavier(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_normal(model: nn.Module, *, std: float = 0.02) -> None:
-    """BERT's starting values: matrices and tables N(0, std), biases 0, LayerNorms the identity."""
+def init_normal(model: nn.Module, *, std: float = 0.02, matrices: float | None = None) -> None:
+    """BERT's starting values: matrices and tables N(0, std), biases 0, LayerNorms the identity. `matrices` is another
+    std for the linear layers alone."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std if matrices is None else matrices)
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
         if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:

@@ -223,9 +223,17 @@ def sentences(split: str, n: int, facts: dict[str, str], *, level: int = 1) -> C
     return cloze([captions[level] for captions in pairs(split, n).captions], words(), facts)
 
 
-def guess_words(model: ViLT, hidden: Cloze, images: Tensor, *, picture: str = "true") -> list[str]:
+def word_scores(model: ViLT, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """ViLT's scores of every word at every place: (B, L, V)."""
+    _, named = model(images, ids, mask, rows=ids.shape[1])
+    return model.mlm_head(named["text"])
+
+
+def guess_words(
+    model: nn.Module, hidden: Cloze, images: Tensor, *, picture: str = "true", scores_of: Callable = word_scores
+) -> list[str]:
     """Fill in the hidden words with the true pictures, with "shuffled" ones (each sentence gets the next one's), or
-    with "blank" grey ones."""
+    with "blank" grey ones. `scores_of` is how the model is asked, see `word_scores`."""
     device = next(model.parameters()).device
     if picture == "blank":
         images = torch.full_like(images, BLANK)
@@ -233,22 +241,22 @@ def guess_words(model: ViLT, hidden: Cloze, images: Tensor, *, picture: str = "t
     with evaluating(model):
 
         def scores(_: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            L = ids.shape[1]
-            _, named = model(next(batches).to(device), ids.to(device), mask.to(device), rows=L)
-            return model.mlm_head(named["text"])
+            return scores_of(model, next(batches).to(device), ids.to(device), mask.to(device))
 
         batches = iter(images[rows].split(250))
         return filled_in(hidden, words(), scores)
 
 
-def grounding(model: ViLT, split: str = "test", *, n: int = 1000, pictures: tuple[str, ...] = ("true", "shuffled",
-              "blank")) -> dict[str, float]:  # fmt: skip
+def grounding(
+    model: nn.Module, split: str = "test", *, n: int = 1000, pictures: tuple[str, ...] = ("true", "shuffled", "blank"),
+    scores_of: Callable = word_scores,
+) -> dict[str, float]:  # fmt: skip
     """Accuracy at hidden nouns and colours with the true, a wrong and no picture: what the picture adds is the gap."""
     numbers = {}
     for name, facts in (("noun", NOUNS), ("colour", COLOUR_NAMES)):
         hidden = sentences(split, n, facts)
         for picture in pictures:
-            guesses = guess_words(model, hidden, pairs(split, n).images, picture=picture)
+            guesses = guess_words(model, hidden, pairs(split, n).images, picture=picture, scores_of=scores_of)
             numbers[f"{name}, {picture} picture"] = cloze_accuracy(hidden, guesses)
     return numbers
 

@@ -37,6 +37,7 @@ class ALBEFConfig:
     dropout: float = 0.0
     image_eps: float = 1e-6
     text_eps: float = 1e-12
+    pad_id: int = 0  # the token that fills up short texts
     temperature: float = 0.07  # similarities are divided by it; learned as it is, not as a logarithm like CLIP's
 
     def __post_init__(self) -> None:
@@ -164,7 +165,9 @@ class ALBEF(nn.Module):
         self.temp = nn.Parameter(torch.tensor(float(c.temperature)))
         self.itm_head = nn.Linear(c.text_width, 2)  # scores of "does not match" and "matches"
         self.mlm_head = MLMHead(c.text_width, c.vocab_size, eps=c.text_eps)
-        init_normal(self)
+        # BERT's 0.02 belongs to its width. In 128 numbers what a post-norm block adds would be too faint: the picture
+        # would hardly reach the fused class token, and ITM would stay at chance.
+        init_normal(self, matrices=0.02 * (768 / c.text_width) ** 0.5)
         for parameter in (self.vision.embed.cls_token, self.vision.embed.pos_embed):
             nn.init.normal_(parameter, std=0.02)
         self.mlm_head.decoder.weight = self.text.embed.word.weight  # one table for reading and for guessing (BERT)
@@ -176,6 +179,14 @@ class ALBEF(nn.Module):
     def text_vector(self, states: Tensor) -> Tensor:
         """States of `text.read` (B, L, D) -> the vector of the class token, of length 1, (B, E)."""
         return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> vectors of length 1 (B, E)."""
+        return self.image_vector(self.vision(images))
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> vectors of length 1 (B, E). No picture is needed: the fusion half does not run."""
+        return self.text_vector(self.text.read(ids, ids != self.config.pad_id))
 
     def match(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """ITM: states of `text.read` (B, L, D) and of as many pictures (B, 1+N, D') -> scores (B, 2)."""
@@ -217,36 +228,47 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 class PairQueue(nn.Module):
     """The vectors of the last Q pairs, made by the teacher, to choose among beside the batch's (MoCo; paper, 3.2).
 
-    A ring: the oldest are written over. `group` says which picture or caption a vector belongs to, -1 for the random
-    vectors that it starts with.
+    A ring: the oldest are written over. `says` numbers what each caption says, equal where two say the same, and
+    `shows` lists the numbers of all K captions of each picture, so that a pair that belongs together is known; -1 and
+    -2 for the random vectors that it starts with.
     """
 
-    def __init__(self, size: int, embed_dim: int) -> None:
+    def __init__(self, size: int, embed_dim: int, *, captions: int = 1) -> None:
         super().__init__()
         for name in ("image", "text"):
             self.register_buffer(name, F.normalize(torch.randn(size, embed_dim), dim=-1))  # (Q, E)
-        self.register_buffer("group", torch.full((size,), -1))
+        self.register_buffer("shows", torch.full((size, captions), -1))  # (Q, K)
+        self.register_buffer("says", torch.full((size,), -2))  # (Q)
         self.register_buffer("next", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def push(self, image: Tensor, text: Tensor, group: Tensor) -> None:
-        """Write vectors (B, E) twice and groups (B). Raises ValueError if the ring is not a multiple of B."""
-        Q, B = len(self.group), len(group)
+    def push(self, image: Tensor, text: Tensor, shows: Tensor, says: Tensor) -> None:
+        """Write vectors (B, E) twice, shows (B, K) and says (B). Raises ValueError if Q is not a multiple of B.
+        A queue of 0 keeps nothing."""
+        Q, B = len(self.says), len(says)
+        if not Q:
+            return
         if Q % B:
             raise ValueError(f"a queue of {Q} pairs cannot be filled by batches of {B}: choose a multiple of {B}")
         start = int(self.next)
-        for ring, rows in ((self.image, image), (self.text, text), (self.group, group)):
+        for ring, rows in ((self.image, image), (self.text, text), (self.shows, shows), (self.says, says)):
             ring[start : start + B] = rows
         self.next.fill_((start + B) % Q)
+
+
+def belong(shows: Tensor, says: Tensor) -> Tensor:
+    """Which pictures and captions belong together: shows (M, K), says (N) -> (M, N), true where a picture has that
+    caption, or one that says the same."""
+    return (shows[:, :, None] == says).any(dim=1)
 
 
 class MomentumALBEF(nn.Module):
     """What is trained: a student, the teacher that follows it, and the queue. Only the student is kept and used."""
 
-    def __init__(self, student: ALBEF, *, queue_size: int = 1024, momentum: float = 0.995) -> None:
+    def __init__(self, student: ALBEF, *, queue_size: int = 1024, momentum: float = 0.995, captions: int = 1) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher_of(student)
-        self.queue = PairQueue(queue_size, student.config.embed_dim)
+        self.queue = PairQueue(queue_size, student.config.embed_dim, captions=captions)
         self.momentum = momentum
 
 
