@@ -278,7 +278,8 @@ def train(
     batches = ALBEFBatches(pairs("train", recipe.train_size), recipe, seed=seed)
     history = fit(
         model, batches, loss_of(recipe), steps=recipe.steps, lr=recipe.lr, weight_decay=recipe.weight_decay,
-        warmup=recipe.warmup, evaluate=validation(recipe), evaluate_every=max(1, recipe.steps // (4 if recipe.itm and not recipe.everything else 8)), progress=progress,
+        warmup=recipe.warmup, evaluate=validation(recipe),
+        evaluate_every=max(1, recipe.steps // (4 if recipe.itm and not recipe.everything else 8)), progress=progress,
     )  # fmt: skip
     clamp_temperature(model.student)  # the last update came after the last clamp
     return model, history
@@ -455,7 +456,7 @@ def pointing(model: ALBEF) -> dict[str, float]:
     texts = [captions[1] for captions in data.captions]
     numbers = {"pointing, evenly": covered.mean(dim=1).mean().item()}
     for name, gradient in (("Grad-CAM", True), ("attention", False)):
-        maps = (word_maps(model, data.images, texts, gradient=gradient) * at[:, : , None]).sum(1)  # (n, 16)
+        maps = (word_maps(model, data.images, texts, gradient=gradient) * at[:, :, None]).sum(1)  # (n, 16)
         total = maps.sum(1, keepdim=True)
         even = torch.full_like(maps, 1 / maps.shape[1])  # a map without any mass points nowhere
         share = torch.where(total > 0, maps / total.clamp(min=1e-30), even)
@@ -536,7 +537,7 @@ SCOREBOARD = {
     "the picture of a full caption, among 1,000, by ITC (R@1, chance 0.001)": ("main", "ALBEF", "R@1 text to image"),
     "... the 32 best by ITC re-ranked by ITM": ("main", "ALBEF", "re-ranked, text to image, 1,000"),
     "the full caption of a picture, among 1,000, by ITC": ("main", "ALBEF", "R@1 image to text"),
-    "... the 32 best by ITC re-ranked by ITM": ("main", "ALBEF", "re-ranked, image to text, 1,000"),
+    "... its 32 best re-ranked by ITM": ("main", "ALBEF", "re-ranked, image to text, 1,000"),
     "do picture and full caption belong together? (chance 0.5)": ("main", "ALBEF", "matching, random partners"),
     "... wrong partners drawn by similarity": ("main", "ALBEF", "matching, hard partners"),
     "hidden colour word, its picture shown": ("main", "ALBEF", "colour, true picture"),

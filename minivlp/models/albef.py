@@ -165,9 +165,7 @@ class ALBEF(nn.Module):
         self.temp = nn.Parameter(torch.tensor(float(c.temperature)))
         self.itm_head = nn.Linear(c.text_width, 2)  # scores of "does not match" and "matches"
         self.mlm_head = MLMHead(c.text_width, c.vocab_size, eps=c.text_eps)
-        # BERT's 0.02 belongs to its width. In 128 numbers what a post-norm block adds would be too faint: the picture
-        # would hardly reach the fused class token, and ITM would stay at chance.
-        init_normal(self, matrices=0.02 * (768 / c.text_width) ** 0.5)
+        init_normal(self, matrices=0.02 * (768 / c.text_width) ** 0.5)  # with BERT's 0.02 ITM stays at chance here
         for parameter in (self.vision.embed.cls_token, self.vision.embed.pos_embed):
             nn.init.normal_(parameter, std=0.02)
         self.mlm_head.decoder.weight = self.text.embed.word.weight  # one table for reading and for guessing (BERT)
@@ -185,7 +183,7 @@ class ALBEF(nn.Module):
         return self.image_vector(self.vision(images))
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> vectors of length 1 (B, E). No picture is needed: the fusion half does not run."""
+        """ids (B, L) -> vectors of length 1 (B, E), by the lower half alone."""
         return self.text_vector(self.text.read(ids, ids != self.config.pad_id))
 
     def match(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
