@@ -27,6 +27,7 @@ from minivlp.models.albef import (
     MomentumALBEF,
     PairQueue,
     TextEncoder,
+    belong,
     clamp_temperature,
     follow,
     paper_config,
@@ -118,7 +119,7 @@ def test_published_sizes():
 
 def test_the_default_fits_the_courses_vocabulary():
     c = ALBEFConfig()
-    assert c.vocab_size == DEFAULT_VOCAB_SIZE and c.temperature == 0.07
+    assert c.vocab_size == DEFAULT_VOCAB_SIZE and c.temperature == 0.07 and c.pad_id == 0
     assert c.image_config() == ViTConfig()  # so that lesson 01's ViT can be taken over
 
 
@@ -487,6 +488,27 @@ def test_vectors_are_those_of_the_class_tokens_and_have_length_one():
     assert apart(fused, out["text vector"], 0.05)  # made before the words see any picture
 
 
+@pytest.mark.parametrize("pad_id", [0, 29])
+@torch.no_grad()
+def test_encoding_alone_is_the_same_and_hides_padding(pad_id):
+    model, images, ids = shaken(replace(SMALL, pad_id=pad_id)), pictures(), texts()
+    ids = ids.masked_fill(~MASK, pad_id)
+    out, ran = model(images, ids, MASK), []
+    for block in model.text.fusion_blocks:
+        block.register_forward_pre_hook(lambda *_: ran.append(True))
+    close(model.encode_image(images), out["image vector"], 0)
+    vectors = model.encode_text(ids)
+    close(vectors, out["text vector"], 0)
+    close(model.encode_text(F.pad(ids, (0, 2), value=pad_id)), vectors)
+    for b, length in enumerate(LENGTHS):
+        close(model.encode_text(ids[b : b + 1, :length])[0], vectors[b])
+    assert not ran  # no pictures are needed for words
+    seen = model.text_vector(model.text.read(ids, torch.ones_like(MASK)))
+    assert differs(vectors, seen, 0.01) == [False, True, True]
+    other = model.encode_text(ids.masked_fill(~MASK, 29 - pad_id))  # the other model's padding is a word here
+    assert differs(vectors, other, 0.01) == [False, True, True]
+
+
 @torch.no_grad()
 def test_the_match_is_read_at_the_class_token():
     model, images, ids = shaken(), pictures(), texts()
@@ -555,23 +577,24 @@ def test_one_table_for_reading_and_for_guessing(tmp_path: Path):
         assert torch.equal(one.mlm_head.decoder.weight, one.text.embed.word.weight) == (one is model)
 
 
-# Wide enough for the deviations to be told from each other.
-WIDE = ALBEFConfig(image_width=96, image_depth=2, text_width=160, text_depth=1, fusion_depth=2, embed_dim=60)
+# Width of the text -> deviation of the matrices: BERT's at its own width, twice that at a quarter of it.
+@pytest.mark.parametrize(("width", "deviation"), [(768, 0.02), (192, 0.04), (128, 0.0489898)])
+def test_initial_values(width, deviation):
+    """Matrices N(0, 0.02) at the paper's width, and wider in a narrower model. Tables, class token and positions always
+    N(0, 0.02), biases 0, LayerNorms the identity."""
+    c = ALBEFConfig(image_width=96, image_depth=2, text_width=width, text_depth=1, fusion_depth=2, embed_dim=60)
+    model = ALBEF(c)
 
+    def spread(weight: Tensor, name: str, deviation: float = 0.02) -> None:
+        """The deviation of independent numbers, within four and a half times its own error."""
+        assert weight.std().item() == pytest.approx(deviation, rel=4.5 / (2 * weight.numel()) ** 0.5), name
+        assert abs(weight.mean().item()) < 4.5 * deviation / weight.numel() ** 0.5, name
 
-def test_initial_values():
-    """Matrices, tables, class token and positions N(0, 0.02), biases 0, LayerNorms the identity."""
-    model = ALBEF(WIDE)
-
-    def spread(weight: Tensor, name: str) -> None:
-        """The deviation of independent numbers, within four times its own error."""
-        assert weight.std().item() == pytest.approx(0.02, rel=4 / (2 * weight.numel()) ** 0.5), name
-        assert abs(weight.mean().item()) < 4 * 0.02 / weight.numel() ** 0.5, name
-
-    matrices = 0
+    matrices, table = 0, model.text.embed.word.weight
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            spread(module.weight, name)
+            tied = module.weight is table  # the decoder's matrix is the table, and starts as one
+            spread(module.weight, name, 0.02 if tied else deviation)
             assert not module.bias.any(), name
             matrices += 1
         if isinstance(module, nn.Embedding):
@@ -584,9 +607,6 @@ def test_initial_values():
     block, cross = 5, 3  # q, kv, proj, fc1, fc2; q, kv, proj
     assert matrices == 1 + 2 * block + 1 * block + 2 * (block + cross) + 2 + 1 + 2
     assert model.temp.item() == pytest.approx(0.07)
-    # The neighbours' starts would be seen: PyTorch's own, and the Xavier of the ViT.
-    for other in (nn.Linear(160, 160).weight, ViT(ViTConfig(width=96)).encoder.blocks[0].mlp.fc1.weight):
-        assert other.std() > 0.04
 
 
 def test_same_seed_same_model():
@@ -752,27 +772,37 @@ def test_parameters_are_all_that_follows():
 # --- the queue -------------------------------------------------------------------------------------------------------
 
 
-def marked(*numbers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Image vectors full of these numbers, text vectors of their negatives, and the numbers as groups."""
-    group = torch.tensor(numbers)
-    image = group[:, None].float().expand(-1, 4)
-    return image, -image, group
+def marked(*numbers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image vectors full of these numbers, text vectors of their negatives, what the pictures show, the numbers and
+    100 more, and what the captions say, the numbers."""
+    says = torch.tensor(numbers)
+    image = says[:, None].float().expand(-1, 4)
+    return image, -image, torch.stack([says, says + 100], dim=1), says
+
+
+def a_queue(size: int = 6) -> PairQueue:
+    return PairQueue(size, 4, captions=2)
 
 
 def held(queue: PairQueue) -> list[int]:
-    """What the queue holds, by number; image, text and group must agree. 0 for a random one."""
+    """What the queue holds, by number, on which all four rings must agree. 0 for a random one."""
     numbers = []
-    for image, text, group in zip(queue.image, queue.text, queue.group, strict=True):
-        if group >= 0:
-            assert (image == group).all() and (text == -group).all()
-        numbers.append(max(0, group.item()))
+    for image, text, shows, says in zip(queue.image, queue.text, queue.shows, queue.says, strict=True):
+        if says >= 0:
+            assert (image == says).all() and (text == -says).all() and shows.tolist() == [says, says + 100]
+        else:
+            assert shows.tolist() == [-1, -1]
+        numbers.append(max(0, says.item()))
     return numbers
 
 
 def test_a_queue_starts_with_random_vectors_of_length_one_that_belong_to_nobody():
-    queue = PairQueue(256, 20)
-    assert queue.image.shape == queue.text.shape == (256, 20) and queue.group.shape == (256,)
-    assert (queue.group == -1).all() and queue.group.dtype == torch.long and queue.next.item() == 0
+    queue = PairQueue(256, 20, captions=3)
+    assert queue.image.shape == queue.text.shape == (256, 20)
+    assert queue.shows.shape == (256, 3) and queue.says.shape == (256,) and PairQueue(5, 20).shows.shape == (5, 1)
+    assert (queue.shows == -1).all() and (queue.says == -2).all() and queue.next.item() == 0
+    assert queue.shows.dtype == queue.says.dtype == torch.long
+    assert not belong(queue.shows, queue.says).any()  # not even to each other
     for ring in (queue.image, queue.text):
         close(ring.norm(dim=1), torch.ones(256))
         assert ring.mean(0).abs().max() < 5 * (20 * 256) ** -0.5  # in all directions
@@ -781,8 +811,23 @@ def test_a_queue_starts_with_random_vectors_of_length_one_that_belong_to_nobody(
     assert torch.equal(PairQueue(256, 20).image, queue.image)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_queue_of_none_keeps_nothing(count):
+    queue, before = PairQueue(0, 4, captions=2), torch.zeros(())
+    batch = marked(*range(1, count + 1))
+    for _ in range(2):
+        queue.push(*batch)
+        assert queue.image.shape == queue.text.shape == (0, 4) and queue.says.shape == (0,)
+        assert queue.shows.shape == (0, 2) and torch.equal(queue.next, before.long())
+    # What is done with it works as with any other: the keys are the batch's own.
+    _, text, shows, says = batch
+    assert torch.equal(torch.cat([text, queue.text]), text)
+    assert torch.equal(belong(shows, torch.cat([says, queue.says])), belong(shows, says))
+    assert belong(queue.shows, says).shape == (0, count)
+
+
 def test_the_queue_is_a_ring():
-    queue = PairQueue(6, 4)
+    queue = a_queue()
     assert held(queue) == [0] * 6
     for batch, expected, place in (
         ((1, 2), [1, 2, 0, 0, 0, 0], 2),
@@ -793,7 +838,7 @@ def test_the_queue_is_a_ring():
     ):
         queue.push(*marked(*batch))
         assert held(queue) == expected and queue.next.item() == place
-    queue = PairQueue(3, 4)
+    queue = a_queue(3)
     for batch in ((1, 2, 3), (4, 5, 6)):  # as many as there is room for
         queue.push(*marked(*batch))
         assert held(queue) == list(batch) and queue.next.item() == 0
@@ -801,7 +846,7 @@ def test_the_queue_is_a_ring():
 
 @pytest.mark.parametrize(("size", "count"), [(6, 4), (6, 5), (6, 12), (3, 2)])
 def test_a_queue_that_batches_do_not_fill(size, count):
-    queue = PairQueue(size, 4)
+    queue = a_queue(size)
     before = {name: value.clone() for name, value in queue.state_dict().items()}
     message = f"^a queue of {size} pairs cannot be filled by batches of {count}: choose a multiple of {count}$"
     with pytest.raises(ValueError, match=message):
@@ -810,27 +855,29 @@ def test_a_queue_that_batches_do_not_fill(size, count):
 
 
 def test_the_queue_keeps_values_and_no_gradient():
-    queue = PairQueue(6, 4)
-    image, text, group = marked(1, 2)
+    queue = a_queue()
+    image, text, shows, says = marked(1, 2)
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-    queue.push(image * 1, text * 1, group)
+    queue.push(image * 1, text * 1, shows, says)
     assert not any(buffer.requires_grad or buffer.grad_fn for buffer in queue.buffers())
     assert not list(queue.parameters()) and {name for name, _ in queue.named_buffers()} == {
-        "image", "text", "group", "next"
+        "image", "text", "shows", "says", "next"
     }  # fmt: skip
     with torch.no_grad():
         image += 5
-        group += 5
+        text -= 5
+        shows += 5
+        says += 5
     assert held(queue) == [1, 2, 0, 0, 0, 0]  # copies, not the batch's own tensors
-    queue.push(image.bfloat16(), text.bfloat16(), group)
-    assert queue.image.dtype == torch.float32 and queue.group.tolist()[2:4] == [6, 7]
+    queue.push(image.bfloat16(), text.bfloat16(), shows, says)
+    assert queue.image.dtype == torch.float32 and held(queue) == [1, 2, 6, 7, 0, 0]
 
 
 def test_a_queue_can_be_kept_and_taken_up_again():
-    queue = PairQueue(6, 4)
+    queue = a_queue()
     for batch in ((1, 2), (3, 4), (5, 6), (7, 8)):
         queue.push(*marked(*batch))
-    again = PairQueue(6, 4)
+    again = a_queue()
     again.load_state_dict({name: value.clone() for name, value in queue.state_dict().items()})
     for one in (queue, again):
         one.push(*marked(9, 1))
@@ -839,7 +886,7 @@ def test_a_queue_can_be_kept_and_taken_up_again():
 
 def test_keys_joined_to_the_batchs_stay_what_they_were_until_backward():
     """Joining copies; a queue that is used as it is would be written over while its values are still needed."""
-    queue, query = PairQueue(6, 4), torch.randn(2, 4, requires_grad=True)
+    queue, query = a_queue(), torch.randn(2, 4, requires_grad=True)
     own = marked(1, 2)[0]
     loss = (query @ torch.cat([own, queue.text]).T).square().sum()
     queue.push(*marked(3, 4))
@@ -849,6 +896,38 @@ def test_keys_joined_to_the_batchs_stay_what_they_were_until_backward():
     queue.push(*marked(5, 6))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# --- who belongs together --------------------------------------------------------------------------------------------
+
+
+def test_belong_by_hand():
+    """Picture 0 has the captions 3 and 7, picture 1 has 5 and 8; the texts say 7, 5, 3, 9 and 8."""
+    shows, says = torch.tensor([[3, 7], [5, 8]]), torch.tensor([7, 5, 3, 9, 8])
+    belongs = belong(shows, says)
+    assert belongs.dtype == torch.bool and belongs.tolist() == [[True, False, True, False, False],
+                                                                [False, True, False, False, True]]  # fmt: skip
+    assert belong(shows.flip(1), says).equal(belongs)  # in whatever order the captions stand
+    assert belong(shows[:, :1], says).nonzero().tolist() == [[0, 2], [1, 1]]
+
+
+def test_belong_when_captions_say_the_same():
+    """Pictures 0 and 1 share what their second captions say, 4: both texts belong to both."""
+    shows = torch.tensor([[1, 4], [2, 4], [3, 5]])
+    assert belong(shows, shows[:, 1]).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert belong(shows, shows[:, 0]).equal(torch.eye(3, dtype=torch.bool))  # their first captions differ
+
+
+def test_belong_looks_into_the_queue():
+    """A vector of the queue may be another caption of the same picture; the random ones belong to nobody."""
+    queue = a_queue()
+    shows, says = torch.tensor([[1, 101], [2, 102]]), torch.tensor([1, 2])
+    queue.push(*marked(1, 3)[:2], torch.tensor([[1, 101], [3, 103]]), torch.tensor([101, 3]))
+    to_text = belong(shows, torch.cat([says, queue.says]))
+    assert to_text.tolist() == [[True, False, True, *[False] * 5], [False, True, *[False] * 6]]
+    to_image = belong(torch.cat([shows, queue.shows]), says).T
+    assert to_image.tolist() == to_text.tolist()
+    assert belong(queue.shows, queue.says).sum() == 2
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -876,7 +955,8 @@ def test_only_the_student_is_trainable():
     assert hasattr(model.student, "itm_head") and not hasattr(model.teacher, "itm_head")
     assert {name.split(".")[0] for name in model.state_dict()} == {"student", "teacher", "queue"}
     default = MomentumALBEF(student)
-    assert len(default.queue.group) == 1024 and default.momentum == 0.995
+    assert default.queue.shows.shape == (1024, 1) and default.momentum == 0.995
+    assert MomentumALBEF(student, queue_size=12, captions=3).queue.shows.shape == (12, 3)
 
 
 def hide_words(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -890,7 +970,7 @@ def three_losses(
     model: MomentumALBEF, images: Tensor, ids: Tensor, noise: Tensor, *, alpha: float = 0.4
 ) -> dict[str, Tensor]:
     """ITC, ITM and MLM from the parts of the package (paper, 3.2 and 3.3). The batch is always the same pairs, so that
-    the queue is full of their own earlier vectors: positives go by group."""
+    the queue is full of their own earlier vectors, which are positives, too."""
     student, teacher, queue = model.student, model.teacher, model.queue
     mask, own = ids != 0, torch.arange(len(ids))
     hidden, labels = hide_words(ids)
@@ -902,14 +982,14 @@ def three_losses(
         theirs = {"image": teacher.image_vector(their_image), "text": teacher.text_vector(teacher.text.read(ids, mask))}
         fused, _ = teacher.text(hidden, mask, their_image)
         opinion = teacher.mlm_head(fused[labels != IGNORE])
-    positives = own[:, None] == torch.cat([own, queue.group])
+    positives = belong(own[:, None], torch.cat([own, queue.says]))
     itc, similarity = 0.0, {}
     for ours, others in (("image", "text"), ("text", "image")):
         keys = torch.cat([theirs[others], getattr(queue, others)]).T
         logits, teachers = vectors[ours] @ keys / student.temp, theirs[ours] @ keys / student.temp
         itc = itc + distilled_contrastive_loss(logits, teachers, alpha, positives) / 2
         similarity[ours] = logits[:, : len(ids)]
-    queue.push(theirs["image"], theirs["text"], own)
+    queue.push(theirs["image"], theirs["text"], own[:, None], own)
     forbidden = torch.eye(len(ids), dtype=torch.bool)
     wrong_text = hard_negatives(similarity["image"], forbidden, noise[0])
     wrong_image = hard_negatives(similarity["text"], forbidden, noise[1])
@@ -1037,7 +1117,7 @@ def test_a_run_leaves_a_student_that_learnt_and_a_teacher_behind_it(tmp_path: Pa
 
     assert 0 < distance(teacher, student) < distance(begin, student)
     assert distance(begin, teacher) < distance(begin, student)
-    assert whole.queue.group.tolist() == [0, 1, 2] * 2 and tied(whole.student) and tied(whole.teacher)
+    assert whole.queue.says.tolist() == [0, 1, 2] * 2 and tied(whole.student) and tied(whole.teacher)
 
     path = tmp_path / "run.safetensors"
     options = {"checkpoint": path, "checkpoint_every": 50}

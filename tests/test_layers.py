@@ -524,6 +524,19 @@ def test_init_normal_sets_every_kind_of_parameter():
         assert not model[0].bias.any() and not model[2].bias.any() and (model[2].weight == 1).all()
 
 
+def test_init_normal_with_another_deviation_for_matrices():
+    """`matrices` is about linear layers alone: the table keeps the other one, asked for or not."""
+    model = nn.ModuleList([nn.Linear(100, 50), nn.Embedding(100, 50), nn.LayerNorm(50), nn.Linear(100, 50, bias=False)])
+    for options, table in (({}, 0.02), ({"std": 0.1}, 0.1)):
+        shaken(model, std=3.0)
+        init_normal(model, matrices=0.5, **options)
+        for i, expected in ((0, 0.5), (1, table), (3, 0.5)):
+            assert model[i].weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert not model[0].bias.any() and not model[2].bias.any() and (model[2].weight == 1).all()
+    init_normal(model, matrices=0.0)  # a number like any other, not a way to say nothing
+    assert not model[0].weight.any() and model[1].weight.any()
+
+
 def test_init_normal_leaves_bare_parameters_alone():
     """A class token or a position table is no module: its owner sets it."""
     model = nn.Module()
