@@ -211,6 +211,39 @@ def test_guesses_follow_the_picture_they_are_given(model):
     assert score["true"] == 1.0 and score["shuffled"] < 0.5 and score["blank"] == 0.0
 
 
+def test_another_model_can_be_asked_its_own_way(model):
+    """`word_scores` is ViLT's way; a lesson with another model gives its own, which sees what ViLT would see."""
+    data, seen = lesson.pairs("test", 40), []
+
+    def scores_of(asked, images, ids, mask):
+        assert asked is model and not torch.is_grad_enabled()
+        seen.append(images)
+        return lesson.word_scores(model, images, ids, mask)
+
+    hidden = lesson.sentences("test", 40, lesson.NOUNS)
+    for picture in ("true", "shuffled", "blank"):
+        ours = lesson.guess_words(model, hidden, data.images, picture=picture, scores_of=scores_of)
+        assert ours == lesson.guess_words(model, hidden, data.images, picture=picture)
+    assert torch.equal(seen[0], data.images[hidden.rows]) and torch.equal(seen[1], seen[0].roll(1, dims=0))
+    assert (seen[2] == lesson.BLANK).all()
+    rows, ids, mask = hidden.rows[:3], hidden.ids[:3], hidden.mask[:3]
+    with torch.no_grad():
+        _, named = model(data.images[rows], ids, mask, rows=ids.shape[1])
+        scores = lesson.word_scores(model, data.images[rows], ids, mask)
+    assert scores.shape == (*ids.shape, 340) and torch.equal(scores, model.mlm_head(named["text"]))
+
+    def red(_, images, ids, mask):
+        (piece,) = lesson.words().encode("red")[1:-1]
+        return torch.nn.functional.one_hot(torch.full_like(ids, piece), 340).float()
+
+    found = lesson.grounding(model, n=40, pictures=("true",), scores_of=red)
+    colours = lesson.sentences("test", 40, lesson.COLOUR_NAMES)
+    whole = [answer for answer, row in zip(colours.answers, colours.ids, strict=True)
+             if (row == lesson.words().mask_id).sum() == 1]  # fmt: skip
+    share = whole.count("red") / len(colours.answers)
+    assert found == {"noun, true picture": 0.0, "colour, true picture": pytest.approx(share)} and share > 0
+
+
 def test_the_table_of_matches_agrees_with_pair_by_pair(model):
     data = lesson.pairs("test", 40)
     texts = [captions[4] for captions in data.captions[:3]]
