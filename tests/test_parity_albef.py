@@ -1,13 +1,14 @@
 """Our ALBEF beside other people's parts of it: the same numbers within 1e-5.
 
 transformers has no ALBEF. Its ViT reads the picture, its BERT the words, and the layers in which words ask the picture
-are those of BLIP's text model, by the same authors and of the same kind. The heads, the losses and the training step
-are written out here a second time.
+are those of BLIP's text model, by the same authors and of the same kind. The heads, the losses and the training step,
+which is lesson 05's own, are written out here a second time.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -17,6 +18,7 @@ from parity_helpers import TOLERANCE, assert_close, assert_differ, random_pictur
 from torch import nn
 
 from minivlp.layers import count_parameters
+from minivlp.lessons import albef as lesson05
 from minivlp.losses import IGNORE, distilled_contrastive_loss, distilled_lm_loss, hard_negatives
 from minivlp.models.albef import (
     ALBEF,
@@ -733,7 +735,9 @@ def step_batch(model, *, seed=0):
     return dict(
         images=pictures(model, seed=seed, count=PAIRS), ids=ids, mask=mask, labels=labels,
         hidden=torch.where(labels != IGNORE, 4, ids),
-        wrong_image=torch.tensor([1, 2, 3, 0]), wrong_text=torch.tensor([2, 0, 3, 1]), group=torch.arange(PAIRS),
+        wrong_image=torch.tensor([1, 2, 3, 0]), wrong_text=torch.tensor([2, 0, 3, 1]),
+        shows=torch.stack([torch.arange(PAIRS), torch.arange(PAIRS) + 10], dim=1) + 100 * seed,
+        says=torch.arange(PAIRS) + 100 * seed,
     )  # fmt: skip
 
 
@@ -745,7 +749,7 @@ def trained_pair(**options):
     generator = torch.Generator().manual_seed(5)
     for weight in teacher.parameters():  # it has lived for a while: it is not the student
         weight += 0.05 * torch.randn(weight.shape, generator=generator) * (weight.ndim > 0)
-    model = MomentumALBEF(ours, queue_size=QUEUE, momentum=MOMENTUM).eval()
+    model = MomentumALBEF(ours, queue_size=QUEUE, momentum=MOMENTUM, captions=2).eval()
     copy_weights(model.teacher, teacher)
     queue = {"image": model.queue.image.T.clone(), "text": model.queue.text.T.clone(), "next": 0}  # (E, Q), as there
     return model, (student, teacher, queue)
@@ -774,6 +778,7 @@ def their_step(student, teacher, queue, batch, alpha):
     itc_t2i = -(F.log_softmax(t2i, dim=1) * (alpha * soft_t2i + (1 - alpha) * truth)).sum(dim=1).mean()
 
     own = torch.arange(PAIRS)
+    batch["to judge by"] = {"wrong_image": t2i[:, :PAIRS], "wrong_text": i2t[:, :PAIRS]}
     right = student.match(text, mask, image)
     other_image = student.match(text, mask, image[batch["wrong_image"]])
     other_text = student.match(text[batch["wrong_text"]], mask[batch["wrong_text"]], image)
@@ -791,8 +796,24 @@ def their_step(student, teacher, queue, batch, alpha):
     return {"itc": (itc_i2t + itc_t2i) / 2, "itm": itm.mean(), "mlm": mlm}
 
 
-def our_step(model, batch, alpha, wrong=""):
-    """The same with the package, or with one mistake in it."""
+def lesson_step(model, batch, alpha, monkeypatch, **options):
+    """The same as lesson 05 trains it, but that the wrong partners are given. Each noise says which are asked for."""
+    batch["judged by"] = {}
+
+    def given(similarity, forbidden, noise, how):
+        which = ("wrong_image", "wrong_text")[int(noise[0])]
+        assert how == "hard" and torch.equal(forbidden, torch.eye(PAIRS, dtype=torch.bool))
+        batch["judged by"][which] = similarity
+        return batch[which]
+
+    monkeypatch.setattr(lesson05, "wrong_partners", given)
+    inputs = (batch[name] for name in ("images", "ids", "mask", "hidden", "labels", "shows", "says"))
+    noise = torch.tensor([0.0, 1.0])[:, None].expand(-1, PAIRS)
+    return lesson05.albef_loss(model, *inputs, noise, torch.tensor(alpha), **options)
+
+
+def composed_step(model, batch, alpha, wrong=""):
+    """The same from parts of the package, with room for one mistake."""
     student, teacher, queue = model.student, model.teacher, model.queue
     images, ids, mask, labels, hidden = (batch[name] for name in ("images", "ids", "mask", "labels", "hidden"))
     asked = labels != IGNORE
@@ -811,7 +832,7 @@ def our_step(model, batch, alpha, wrong=""):
     if wrong == "EMA after the teacher was asked":
         follow(teacher, student, model.momentum)
     if wrong == "pushed before the loss":
-        queue.push(v_t, w_t, batch["group"])
+        queue.push(v_t, w_t, batch["shows"], batch["says"])
 
     v_key, w_key = v_t, w_t
     if wrong == "keys of the student":
@@ -855,15 +876,15 @@ def our_step(model, batch, alpha, wrong=""):
     if wrong == "the student's vectors in the queue":
         v_t, w_t = v, w
     if wrong != "pushed before the loss":
-        queue.push(v_t, w_t, batch["group"])
+        queue.push(v_t, w_t, batch["shows"], batch["says"])
     return {"itc": itc, "itm": itm, "mlm": mlm}
 
 
-def both_steps(model, official, batch, alpha, wrong=""):
-    """One step of each with its gradients -> the losses of ours and of theirs, by name."""
+def both_steps(step, model, official, batch, alpha):
+    """One `step` of ours and one of theirs with its gradients -> the losses of both, by name."""
     for side in (model, official[0]):
         side.zero_grad()
-    found, expected = our_step(model, batch, alpha, wrong), their_step(*official, batch, alpha)
+    found, expected = step(model, batch, alpha), their_step(*official, batch, alpha)
     for losses in (found, expected):
         sum(losses.values()).backward()
     return found, expected
@@ -879,23 +900,36 @@ def largest_difference(ours, theirs, *, relative=False):
 
 @pytest.mark.parametrize("temperature", [0.07, 0.6, 0.0005])
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_whole_steps_equal(alpha, temperature):
-    """Five steps in a row: the losses, what they teach, the teacher that follows and the queue that goes round."""
+def test_whole_steps_equal(alpha, temperature, monkeypatch):
+    """Five of the lesson's steps in a row: the losses, what they teach, the similarities to draw wrong partners by, the
+    teacher that follows and the queue that goes round."""
     model, official = trained_pair(temperature=temperature)
     student, teacher, queue = official
     seen = []
     for step in range(5):
         batch = step_batch(model.student, seed=step)
-        found, expected = both_steps(model, official, batch, alpha)
+        # Nothing repeats, so that masking has nothing to do; without a share of it the teacher need not be asked.
+        options = dict(masked=step % 2 == 1, distil=alpha > 0 or step % 2 == 0)
+        found, expected = both_steps(
+            partial(lesson_step, monkeypatch=monkeypatch, **options), model, official, batch, alpha
+        )
+        assert found.keys() == expected.keys() == {"itc", "itm", "mlm"}
         scale = max(1.0, 0.01 / student.temp.item())  # a cold softmax magnifies every rounding
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=TOLERANCE * scale)
+        for which, similarity in batch["to judge by"].items():
+            assert_close(batch["judged by"][which] * student.temp, similarity * student.temp)
         learned = assert_same_gradients(model.student, student, scale=scale)
         assert learned.keys() == {name for name, _ in model.student.named_parameters()}
         assert all(weight.grad is None for weight in model.teacher.parameters())
         assert_close(model.queue.image.T, queue["image"])
         assert_close(model.queue.text.T, queue["text"])
-        assert model.queue.group.tolist() == [*range(PAIRS), *(range(PAIRS) if step else [-1] * PAIRS)]
+        ring = [100 * (step - step % 2), 100 * (step - 1 + step % 2)]  # the steps that stand in its two halves
+        for start, first in zip((0, PAIRS), ring, strict=True):
+            half = slice(start, start + PAIRS)
+            assert model.queue.says[half].tolist() == ([-2] * PAIRS if first < 0 else [first + i for i in range(PAIRS)])
+            assert model.queue.shows[half].tolist() == [[-1, -1] if first < 0 else [first + i, first + i + 10]
+                                                        for i in range(PAIRS)]  # fmt: skip
         assert int(model.queue.next) == queue["next"] == PAIRS * (step + 1) % QUEUE
         own = dict(model.teacher.named_parameters())
         assert largest_difference(own, as_ours(teacher)) <= TOLERANCE
@@ -941,7 +975,7 @@ def test_a_wrong_step_is_noticed(wrong):
     """Each mistake changes what it is about, and with the gradients nothing else; without one all is equal."""
     model, official = trained_pair(temperature=0.6 if wrong == "temperature not clamped" else 0.07)
     student, teacher, queue = official
-    found, expected = both_steps(model, official, step_batch(model.student), 0.4, wrong)
+    found, expected = both_steps(partial(composed_step, wrong=wrong), model, official, step_batch(model.student), 0.4)
     off = {name: (found[name] - expected[name]).abs().item() for name in expected}
     off["queue"] = max((getattr(model.queue, name).T - queue[name]).abs().max().item() for name in ("image", "text"))
     off["teacher"] = largest_difference(dict(model.teacher.named_parameters()), as_ours(teacher))
