@@ -11,6 +11,7 @@ A later lesson adds a `Row` to `ROWS`.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import importlib.util
 import statistics
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minivlp.layers import Encoder, take_rows
+from minivlp.layers import Block, Encoder, init_normal, take_rows
 from minivlp.losses import IGNORE, contrastive_loss, word_positions
+from minivlp.models.albef import ALBEF, ALBEFConfig, FusionBlock, MomentumALBEF, PairQueue, TextEncoder
 from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
 from minivlp.models.flip import FLIP, FLIPConfig, FLIPVision, random_masking
 from minivlp.models.vilt import ViLT, ViLTConfig
@@ -56,6 +58,7 @@ class Row:
     batch: Callable[[], Batch]
     loss: Callable[[Any, Batch], Tensor] | None  # (outputs, batch) -> scalar; None: forward alone, without gradients
     update: bool = True  # whether AdamW's part of the step is timed too
+    note: str = ""  # printed below the table: where a lead comes from
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ def transformers_vilt_pair(config: ViLTConfig) -> tuple[nn.Module, ViLT]:
 
 
 def random_pairs(
-    config: ViLTConfig | CLIPConfig, *, batch_size: int, longest: int, generator: torch.Generator
+    config: ViLTConfig | CLIPConfig | ALBEFConfig, *, batch_size: int, longest: int, generator: torch.Generator
 ) -> Batch:
     """Random pictures and texts of 8 to `longest` tokens: images (B, C, H, W), ids and mask (B, L)."""
     side, first = config.image_size, 7  # the course's tokenizer: words begin at 7
@@ -634,11 +637,183 @@ def flip_row(ratio: float, *, whole: bool, batch_size: int = 64, longest: int = 
     )
 
 
+# --- ALBEF -----------------------------------------------------------------------------------------------------------
+
+
+class EveryToken(TextEncoder):
+    """Computes all words in the last block, also for ITM, which reads the class token alone."""
+
+    def fuse(
+        self, states: Tensor, mask: Tensor, image: Tensor, *, rows: int | None = None, **how: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        states, named = super().fuse(states, mask, image, **how)
+        return states[:, :rows], named
+
+
+class ViTTower(nn.Module):
+    """transformers' ViT in the place of an `ImageEncoder`."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__()
+        self.vit = theirs
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images).last_hidden_state
+
+
+class BertText(nn.Module):
+    """transformers' BERT in the place of a `TextEncoder`: a model that reads, and layers with cross-attention."""
+
+    def __init__(self, bert: nn.Module, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.bert, self.layers = bert, layers
+
+    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    def fuse(
+        self, states: Tensor, mask: Tensor, image: Tensor, *, rows: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        for layer in self.layers:
+            states = layer(states, mask[:, None, None, :], encoder_hidden_states=image)
+        return states[:, :rows], {}
+
+    def forward(self, ids: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.fuse(self.read(ids, mask), mask, image)
+
+
+@torch.no_grad()
+def load_bert_layer(ours: Block, theirs: nn.Module) -> None:
+    """Give our block the weights of a BertLayer, those of its cross-attention too if it has one."""
+    looks = [(ours.attn, ours.norm1, theirs.attention)]
+    if isinstance(ours, FusionBlock):
+        looks.append((ours.cross.attn, ours.cross.norm, theirs.crossattention))
+    pairs = [(ours.mlp.fc1, theirs.intermediate.dense), (ours.mlp.fc2, theirs.output.dense),
+             (ours.norm2, theirs.output.LayerNorm)]  # fmt: skip
+    for attn, norm, other in looks:
+        key, value = other.self.key, other.self.value
+        attn.kv.weight.copy_(torch.cat([key.weight, value.weight]))
+        attn.kv.bias.copy_(torch.cat([key.bias, value.bias]))
+        pairs += [(attn.q, other.self.query), (attn.proj, other.output.dense), (norm, other.output.LayerNorm)]
+    for own, other in pairs:
+        own.load_state_dict(other.state_dict())
+
+
+def transformers_albef_pair(config: ALBEFConfig) -> tuple[ALBEF, ALBEF]:
+    """An ALBEF whose encoders and MLM head are official classes, and ours with the same weights.
+
+    BERT's cross-attention knows only pictures as wide as its words. The official segment vectors, which ours keeps in
+    the position table, stay at zero.
+    """
+    import transformers
+
+    c = config
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(
+            image_size=c.image_size, patch_size=c.patch_size, num_channels=c.channels, hidden_size=c.image_width,
+            num_hidden_layers=c.image_depth, num_attention_heads=c.image_heads,
+            intermediate_size=c.mlp_ratio * c.image_width, layer_norm_eps=c.image_eps, attn_implementation="sdpa",
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+    bert = dict(
+        vocab_size=c.vocab_size, max_position_embeddings=c.max_text, hidden_size=c.text_width,
+        num_attention_heads=c.text_heads, intermediate_size=c.mlp_ratio * c.text_width, layer_norm_eps=c.text_eps,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=c.pad_id, attn_implementation="sdpa",
+    )  # fmt: skip
+    lower = transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=c.text_depth, **bert))
+    decoder = transformers.BertConfig(
+        num_hidden_layers=c.fusion_depth, is_decoder=True, add_cross_attention=True, **bert
+    )
+    upper = transformers.BertModel(decoder, add_pooling_layer=False).encoder.layer
+    embeddings, guess = lower.bert.embeddings, lower.cls.predictions
+    for part in (vit, lower, upper):
+        init_normal(part, matrices=0.02 * (768 / c.text_width) ** 0.5)  # as ours, or the picture would hardly matter
+    nn.init.zeros_(embeddings.token_type_embeddings.weight).requires_grad_(False)
+
+    ours = ALBEF(c)
+    theirs = copy.deepcopy(ours)  # the other heads
+    theirs.vision, theirs.text, theirs.mlm_head = ViTTower(vit), BertText(lower.bert, upper), lower.cls
+    weights = rename(vit.state_dict(), TRUNK_NAMES)
+    weights = join_trunk(weights, {}, width=c.image_width, depth=c.image_depth, patches="embed.patch_embed")
+    ours.vision.load_state_dict(weights)
+    for block, layer in zip(
+        [*ours.text.text_blocks, *ours.text.fusion_blocks], [*lower.bert.encoder.layer, *upper], strict=True
+    ):
+        load_bert_layer(block, layer)
+    for own, other in (
+        (ours.text.embed.word, embeddings.word_embeddings), (ours.text.embed.position, embeddings.position_embeddings),
+        (ours.text.embed.norm, embeddings.LayerNorm), (ours.mlm_head.dense, guess.transform.dense),
+        (ours.mlm_head.norm, guess.transform.LayerNorm), (ours.mlm_head.decoder, guess.decoder),
+    ):  # fmt: skip
+        own.load_state_dict(other.state_dict())
+    return theirs, ours
+
+
+def albef_contenders(config: ALBEFConfig, *, queue: int) -> list[Contender]:
+    """Ours twice and one of transformers' parts (if installed), all with the weights of the first and equal queues.
+
+    All take lesson 05's step. Their outputs are its three losses; to ask for them moves teacher and queue on.
+    """
+    from minivlp.lessons.albef import albef_loss  # not above: the lesson takes its clock from this file
+
+    theirs, ours = transformers_albef_pair(config) if transformers_installed() else (None, ALBEF(config))
+    every = ALBEF(config)
+    every.text = EveryToken(config)
+    every.mlm_head.decoder.weight = every.text.embed.word.weight
+    every.load_state_dict(ours.state_dict())
+    start = PairQueue(queue, config.embed_dim, captions=2).state_dict()
+
+    def contender(name: str, student: ALBEF) -> Contender:
+        model = MomentumALBEF(student, queue_size=queue, momentum=0.99, captions=2)
+        model.queue.load_state_dict(start)
+        return Contender(name, model, lambda batch: tuple(albef_loss(model, *batch).values()))
+
+    contenders = [
+        contender("minivlp ALBEF, every token", every),
+        contender("minivlp ALBEF, last block for ITM's class token alone", ours),
+    ]
+    if theirs is not None:
+        contenders.append(contender("transformers ViTModel and BERT layers, sdpa", theirs))
+    return contenders
+
+
+def albef_batch(config: ALBEFConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens as a batch of lesson 05: `images` (B, C, H, W), `ids` and
+    `mask` (B, L), hidden ids and labels (B, L), `shows` (B, 2), `says` (B), noise (2, B) and the teacher's share ()."""
+    generator = torch.Generator().manual_seed(0)
+    mask_id = 4  # [MASK] of the course's tokenizer
+    images, ids, mask = random_pairs(config, batch_size=batch_size, longest=longest, generator=generator)
+    asked = word_positions(mask) & (torch.rand(ids.shape, generator=generator) < 0.5)
+    says = torch.arange(batch_size)
+    noise = torch.rand(2, batch_size, generator=generator)
+    return (images, ids, mask, ids.masked_fill(asked, mask_id), ids.masked_fill(~asked, IGNORE),
+            torch.stack([says, says + batch_size], dim=1), says, noise, torch.tensor(0.4))  # fmt: skip
+
+
+def albef_row(*, batch_size: int = 32, longest: int = 14) -> Row:
+    """The course's own ALBEF (width 128, depth 4 for the picture, 2 + 2 for the words) with its teacher and queue."""
+    config = ALBEFConfig()
+    return Row(
+        name="albef-train",
+        title="ALBEF, training step (ITC, ITM and MLM with teacher and queue, backward, AdamW): "
+        f"{config.image_size} px, patch {config.patch_size}, texts of 8 to {longest} tokens, "
+        f"width {config.text_width}, depth {config.image_depth} and {config.text_depth} + {config.fusion_depth}, "
+        f"batch {batch_size}",
+        contenders=lambda: albef_contenders(config, queue=2 * batch_size),
+        batch=lambda: albef_batch(config, batch_size=batch_size, longest=longest),
+        loss=lambda losses, batch: sum(losses),
+        note="All take the same step from the same function. The lead of the second row is ITM's: it reads only the "
+        "class tokens of the three pairs for each picture, so that the last fusion block leaves out all other words.",
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
     clip_row(),
     *(flip_row(ratio, whole=whole) for whole in (False, True) for ratio in (0.0, 0.5, 0.75)),
+    albef_row(),
 ]
 
 
@@ -730,7 +905,8 @@ def timed(step: Callable[[], None], repeats: int, clock: Clock) -> float:
 
 
 def report(row: Row, times: dict[str, list[float]], batch_size: int) -> str:
-    """A table: median milliseconds, items a second, and time divided by the first contender's, round by round."""
+    """A table: median milliseconds, items a second, and time divided by the first contender's, round by round; below it
+    the row's note."""
     names = list(times)
     width = max(map(len, names))
     lines = [row.title, f"  {'':{width}}  {'ms':>7}  {'pictures/s':>10}  {'time / first':>12}"]
@@ -738,7 +914,7 @@ def report(row: Row, times: dict[str, list[float]], batch_size: int) -> str:
         median = statistics.median(times[name])
         ratio = statistics.median(own / first for own, first in zip(times[name], times[names[0]], strict=True))
         lines.append(f"  {name:{width}}  {1e3 * median:7.1f}  {batch_size / median:10.0f}  {ratio:12.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {row.note}"] if row.note else lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

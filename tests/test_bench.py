@@ -10,6 +10,7 @@ import torch
 
 from minivlp import bench
 from minivlp.losses import IGNORE, contrastive_loss
+from minivlp.models.albef import ALBEFConfig, belong
 from minivlp.models.clip import CLIPConfig
 from minivlp.models.flip import FLIPConfig
 from minivlp.models.vilt import ViLTConfig
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 
 OPEN_CLIP = bench.open_clip_installed()
 CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + OPEN_CLIP, "tiny-flip-tower-0": 2 + OPEN_CLIP,
-              "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP}  # fmt: skip
+              "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP, "tiny-albef": 3}  # fmt: skip
 
 
 def tiny_vit() -> bench.Row:
@@ -75,8 +76,22 @@ def tiny_flip(ratio=0.5, *, whole=True) -> bench.Row:
     )
 
 
+def tiny_albef() -> bench.Row:
+    config = ALBEFConfig(
+        image_size=16, patch_size=8, image_width=16, image_depth=2, image_heads=2, vocab_size=30, max_text=12,
+        text_width=16, text_depth=1, fusion_depth=2, text_heads=4, embed_dim=20,
+    )  # fmt: skip
+    return replace(
+        bench.albef_row(),
+        name="tiny-albef",
+        title="a tiny ALBEF",
+        contenders=lambda: bench.albef_contenders(config, queue=12),
+        batch=lambda: bench.albef_batch(config, batch_size=6, longest=11),
+    )
+
+
 TINY = [tiny_vit, tiny_vilt, tiny_clip, partial(tiny_flip, 0.0, whole=False), partial(tiny_flip, 0.75, whole=False),
-        tiny_flip]  # fmt: skip
+        tiny_flip, tiny_albef]  # fmt: skip
 
 
 @pytest.fixture(params=TINY, ids=CONTENDERS)
@@ -102,7 +117,7 @@ def test_contenders_take_the_same_training_step(row):
     assert len({id(contender.model) for contender in contenders}) == len(contenders) == CONTENDERS[row.name]
     counts = {sum(p.numel() for p in contender.model.parameters() if p.requires_grad) for contender in contenders}
     assert len(counts) == 1
-    before = flat(contenders[0], batch)
+    before, *_ = [flat(contender, batch) for contender in contenders]  # all of them: asking moves ALBEF's queue on
     for _ in range(3):
         for contender in contenders:
             bench.stepper(row, contender, batch)()
@@ -149,6 +164,48 @@ def test_bench_checks_every_output(which):
         head.bias.add_(1.0)  # of all scores alike, so that the loss stays the same
     with pytest.raises(RuntimeError, match=r"differ by 1\.0e"):
         bench.check_equal(row, contenders, row.batch())
+
+
+def shift_bias(model: torch.nn.Module, part: str) -> None:
+    """Of the second word or score alone: of all alike it would change no loss."""
+    model.get_submodule(part).bias[1] += 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: model.student.temp.add_(0.01),  # ITC
+        lambda model: shift_bias(model, "student.itm_head"),
+        lambda model: shift_bias(model, "student.mlm_head.predictions.decoder"),
+        lambda model: shift_bias(model, "teacher.mlm_head.predictions.decoder"),
+        lambda model: model.queue.image.neg_(),
+        lambda model: model.student.text.layers[1].crossattention.self.value.weight.neg_(),
+        lambda model: model.teacher.text.bert.embeddings.position_embeddings.weight.neg_(),
+    ],
+)
+@torch.no_grad()
+def test_bench_checks_all_of_albefs_step(spoil):
+    row = tiny_albef()
+    contenders = row.contenders()
+    spoil(contenders[-1].model)
+    with pytest.raises(RuntimeError, match="the contenders differ by"):
+        bench.check_equal(row, contenders, row.batch())
+
+
+def test_albef_batch():
+    """What the row says of its batch: texts of 8 to 14 tokens, half of the words hidden, and no two alike."""
+    images, ids, mask, hidden, labels, shows, says, noise, alpha = bench.albef_batch(
+        ALBEFConfig(), batch_size=32, longest=14
+    )
+    assert images.shape == (32, 3, 64, 64) and ids.shape == (32, 14) and not ids[~mask].any()
+    lengths = mask.sum(1)
+    assert lengths.max() == 14 and lengths.min() == 8
+    asked = labels != IGNORE
+    assert 0.3 < asked[mask].float().mean() < 0.6 and not asked[:, 0].any()
+    assert (hidden[asked] == 4).all() and torch.equal(labels[asked], ids[asked])
+    assert torch.equal(hidden[~asked], ids[~asked])
+    assert torch.equal(belong(shows, says), torch.eye(32, dtype=torch.bool)) and shows.unique().numel() == 64
+    assert noise.shape == (2, 32) and alpha.item() == pytest.approx(0.4)
 
 
 def test_pair_batch():
@@ -250,6 +307,17 @@ def test_take_turns():
     assert sorted(calls[: -len(turns)]) == sorted(4 * list(costs))  # warm-up
 
 
+def test_the_short_way_of_albef_computes_less():
+    """Of the words the last block updates one in ITM's three pairs each; for MLM, of teacher and student, all."""
+    row, seen = tiny_albef(), []
+    for contender in row.contenders()[:2]:
+        model = contender.model
+        for last in (model.teacher.text.fusion_blocks[-1].mlp, model.student.text.fusion_blocks[-1].mlp):
+            last.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
+        contender.outputs(row.batch())
+    assert seen == [(6, 11), (18, 11), (6, 11), (6, 11), (18, 1), (6, 11)]
+
+
 def test_the_short_way_of_clip_computes_less():
     """Of 1 + N tokens of a picture and L of a text the last blocks update one each."""
     row, seen = tiny_clip(), []
@@ -279,7 +347,8 @@ def test_bench_prints_its_table(row, capsys):
     finally:
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
-    assert row.title in lines and len(lines) == 1 + 1 + 1 + 1 + CONTENDERS[row.name]
+    assert row.title in lines and len(lines) == 1 + 1 + 1 + 1 + CONTENDERS[row.name] + bool(row.note)
+    assert not row.note or lines[-1] == f"  {row.note}"
     assert lines[4].split()[-1] == "1.00" and row.contenders()[0].name in lines[4]
     with pytest.raises(SystemExit):
         bench.main(["--rows", "nothing"])
@@ -291,11 +360,11 @@ def test_bench_runs_without_transformers(row, monkeypatch, capsys):
     bench.main(["--rounds", "1"])
     out = capsys.readouterr().out
     assert "transformers is not installed" in out and out.count("transformers") == 2  # that sentence has it twice
-    assert len(out.splitlines()) == 2 + 1 + 1 + 1 + CONTENDERS[row.name] - 1
+    assert len(out.splitlines()) == 2 + 1 + 1 + 1 + CONTENDERS[row.name] - 1 + bool(row.note)
 
 
 def test_the_rows():
     names = [row.name for row in bench.ROWS]
-    assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train", "clip-train"} <= set(names)
+    assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train", "clip-train", "albef-train"} <= set(names)
     flips = {f"flip-{part}-{percent}": part == "train" for part in ("tower", "train") for percent in (0, 50, 75)}
     assert {row.name: row.update for row in bench.ROWS if "flip" in row.name} == flips
