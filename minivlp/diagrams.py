@@ -80,6 +80,18 @@ alt_text = {
     "four_ways_to_hide": "Eight of 16 patches hidden in four ways. Removed: the blocks read 9 tokens. A mask token in "
     "their place: 17 tokens and other numbers, for the rest look at it. Pixels set to zero: 17 tokens and other "
     "numbers. An attention mask: 17 tokens, and the tokens that are seen have the same numbers as with removal.",
+    "albef_overview": "ALBEF from bottom to top. Left, the image encoder; right, the lower half of the text encoder. "
+    "Between them ITC compares the vectors of their class tokens with keys: the teacher's vectors of the batch and "
+    "those in a queue of earlier pairs. The teacher is a frozen twin that follows the student. Above the lower half "
+    "stands the upper half: blocks of self-attention, cross-attention and an MLP, in which the words ask and the "
+    "states of the picture answer. On top of it the class token goes to ITM, the hidden words to MLM.",
+    "albef_modes": "The text encoder used in three ways. Text: ids go through the lower half alone, for ITC and for "
+    "search by vectors. Fusion: text states that are there already go through the upper half together with a picture's "
+    "states, for ITM and for re-ranking. Multi-modal: ids go through both halves, the upper with a picture, for MLM.",
+    "albef_step": "One training step in seven numbered parts. At the left, without gradient: 1 the teacher follows the "
+    "student, 2 it gives vectors and scores of hidden words, 5 its vectors are pushed into the queue. At the right, "
+    "with gradient: 3 the student's states. In the middle the losses: 4 ITC over the keys of batch and queue with soft "
+    "targets, 6 ITM over 3 B pairs with wrong partners drawn by ITC's similarities, 7 MLM with soft targets.",
 }
 
 
@@ -1161,6 +1173,234 @@ def four_ways_to_hide() -> Figure:
         c.note(same, y + 0.22 + side / 2, verdict, width=WIDTH - same - 0.08, size=8.5)
     below = "C is the class token. A block computes every token that it reads: 17 are the work of a whole picture."
     c.note(0.1, 0.16, below, size=8.5, colour=QUIET)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALBEF
+
+
+def albef_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole ALBEF (paper, Fig. 1) for three words and a picture; what no earlier lesson has is green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words. As
+    in the paper the picture stands at the left, so that ITC lies between the two class tokens.
+    """
+    if len(words) != 3:
+        raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
+    c = Canvas(WIDTH, 8.28)
+    labels, patches = ["[CLS]", *map(str, words), "[SEP]"], ["CLS", "1", "2", "3", "…", "N"]
+    left, right, middle = 0.1, WIDTH - 0.1 - TEXT_W, 2.62  # where image, text and what lies between them begin
+    wide = len(patches) * (SIDE + GAP) - GAP
+
+    # Two encoders that never look at each other.
+    seen = _patched(c, left, 0.1, 0.85, _example_picture() if image is None else picture(image), 4)
+    said = c.box(right, 0.4, TEXT_W, SIDE, f"“{' '.join(map(str, words))}”", modality="text")
+    encoders = (
+        c.box(left, 1.9, wide, 0.62, "image encoder:\nlesson 01's ViT", modality="image"),
+        c.box(right, 1.9, TEXT_W, 0.62, "text encoder, lower half:\nwords look at words", modality="text"),
+    )
+    states = []
+    for x, names, kind, source, encoder in zip(
+        (left, right), (patches, labels), ("image", "text"), (seen, said), encoders, strict=True
+    ):
+        size = {"side": SIDE, "gap": GAP, "width": WORD if kind == "text" else SIDE, "size": 8}
+        tokens = c.tokens(x, 1.3, names, kind, **size)
+        c.arrow(source, Box(x, tokens[0].y, tokens[-1].x + tokens[-1].w - x, SIDE))
+        states.append(c.tokens(x, 2.9, names, kind, **size))
+        for token, state in zip(tokens, states[-1], strict=True):
+            c.arrow(token, encoder)
+            c.arrow((state.x + state.w / 2, encoder.y + encoder.h), state)
+    c.note(left + 0.5, 1.13, "patches, class token, positions", size=8)
+    c.note(right, 1.0, "words, positions,\nLayerNorm", size=8)
+    pictured = c.frame(left - 0.07, 2.82, wide + 0.14, 0.62, modality="image")
+
+    # The teacher and its keys, between the encoders.
+    teacher = c.box(middle, 0.26, 2.0, 0.62, "the teacher: a twin of all of this without ITM", new=True,
+                    frozen=True, size=9)  # fmt: skip
+    c.arrow(seen, teacher)
+    c.arrow(said, teacher)
+    now = c.box(middle, 2.1, 0.56, 0.42, "batch: B", new=True, tag="", size=9)
+    queue = c.box(middle + 0.98, 2.1, 1.02, 0.42, "queue: Q earlier pairs", new=True, tag="", size=9)
+    c.arrow((now.x + 0.28, teacher.y + teacher.h), now, "vectors\n(B, E)", side="right")
+    c.arrow(now, queue, "push")
+    c.arrow(encoders[1], (4.3, teacher.y + teacher.h), "follows:\nEMA", start="left", end="top", bend=True,
+            at=(0.12, 0.5), dashed=True, side="left")  # fmt: skip
+
+    # ITC compares class tokens, and nothing else.
+    y, h = 2.9, 0.48
+    to_image = c.box(2.42, y, 0.62, h, "linear, length 1", modality="image", size=8.5)
+    to_text = c.box(4.15, y, 0.62, h, "linear, length 1", modality="text", size=8.5)
+    itc = c.loss(3.22, y + 0.02, 0.76, "ITC", h=h - 0.04, new=True)
+    c.arrow(states[0][0], to_image, start="top", end="left", bend=True, at=(0.5, 0.83))
+    c.arrow(states[1][0], to_text)
+    c.arrow(to_image, itc)
+    c.arrow(to_text, itc)
+    c.arrow(now, itc, start="top", end="bottom", at=(0.8, 0.3))
+    c.arrow(queue, itc, start="top", end="bottom", at=(0.2, 0.7))
+    c.note(3.51, 2.64, "keys", size=8, ha="center")
+    goal = (
+        "Each picture chooses among B + Q texts, each text among B + Q pictures. Target: α · the teacher's choice + "
+        "(1 − α) · the true one."
+    )
+    c.note(1.45, 3.94, goal, width=3.2, size=8.5, colour=NEW)
+
+    # The upper half: words ask, the picture answers.
+    c.frame(right - 0.07, 3.68, TEXT_W + 0.14, 2.16, modality="fused", new=True)
+    attention = c.box(right, 3.85, TEXT_W, 0.4, "self-attention: words look at words", modality="text", size=9.5)
+    cross = c.box(right, 4.55, TEXT_W, 0.4, "cross-attention: words look at the picture", modality="fused", size=9.5)
+    mlp = c.box(right, 5.25, TEXT_W, 0.4, "MLP, each word by itself", modality="fused", size=9.5)
+    for state in states[1]:
+        c.arrow(state, attention)
+    c.arrow(attention, cross, "ask: queries", side="right")
+    c.arrow(cross, mlp)
+    c.arrow(pictured, cross, "answers: keys and values", start="top", end="left", bend=True, at=(0.5, 0.5))
+    c.note(right - 0.15, 5.6, "text encoder, upper half:", ha="right", weight="bold", colour=NEW)
+    c.note(right - 0.15, 5.4, "fusion blocks, post-norm", ha="right", colour=NEW)
+    fused = c.tokens(right, 6.1, labels, "fused", side=SIDE, gap=GAP, width=WORD, size=8)
+    for state in fused:
+        c.arrow((state.x + state.w / 2, mlp.y + mlp.h), state)
+    c.note(right - 0.15, 6.1 + SIDE / 2, "words that have seen\nthe picture (B, L, D)", size=8.5, ha="right")
+
+    # Two heads on the fused words.
+    itm_head = c.box(right, 6.92, 1.25, 0.42, "linear D → 2", modality="fused", size=9)
+    c.arrow((fused[0].x + WORD / 2, fused[0].y + SIDE), (fused[0].x + WORD / 2, itm_head.y))
+    bus = _bus(c, fused[1:4], 6.6)
+    mlm_head = c.box(right + 1.45, 6.92, TEXT_W - 1.45, 0.42, "MLM head", modality="fused", size=9)
+    c.arrow((bus.x + bus.w / 2 + 0.2, bus.y), (bus.x + bus.w / 2 + 0.2, mlm_head.y), "hidden words", side="right")
+    c.arrow(itm_head, c.loss(right, 7.66, 1.25, "ITM"), "(3 B, 2)", side="right")
+    c.arrow(mlm_head, c.loss(right + 1.45, 7.66, TEXT_W - 1.45, "MLM"), "(M, V)", side="right")
+    for y, name, text in (
+        (7.88, "ITC", "comes before anything is fused, and compares nothing but the two class tokens."),
+        (7.42, "ITM", "has B true pairs and 2 B wrong ones: to each text a picture, to each picture a text, drawn by "
+         "ITC's similarities. Only the upper half runs again."),
+        (6.8, "MLM", "hides words; the caption then goes through both halves. The teacher's guess is α of the target."),
+    ):  # fmt: skip
+        c.note(left, y, name, weight="bold", va="top")
+        c.note(left + 0.42, y, text, width=4.2, size=8.5, va="top")
+    green = "Green: in no earlier lesson. The heads of ITM and MLM are as in lesson 02."
+    c.note(left, 8.12, green, size=8.5, colour=NEW)
+    _symbols(c, left, 6.1, ("B pairs", "L text tokens", "N patches", "D numbers a token", "E shared numbers",
+                            "M hidden words", "V words in the table"))  # fmt: skip
+    return c.fig
+
+
+def albef_modes() -> Figure:
+    """The three ways to run ALBEF's text encoder (official code): "text", "fusion" and "multi-modal"."""
+    c = Canvas(WIDTH, 5.5)
+    w, half, beside = 2.45, 1.42, 0.9
+    for k, (title, call, ids, what) in enumerate((
+        ("text", "text.read(ids, mask)", "ids (B, L)", "no picture is needed: one vector a text, made once"),
+        ("fusion", "text.fuse(states, mask, image)", "", "text states that are there already, with any picture"),
+        ("multi-modal", "text(hidden, mask, image)", "hidden ids (B, L)",
+         "both halves, one after the other: the numbers are those of read, then fuse"),
+    )):  # fmt: skip
+        x = 0.1 + k * (w + 0.325)
+        lower, upper = k != 1, k > 0
+        c.note(x, 5.32, f"“{title}”", weight="bold", size=11)
+        c.note(x, 5.08, call, size=8.5, colour=QUIET)
+        c.note(x, 0.3, what, size=8.5, width=w)
+        y_in, y_low, y_mid, y_up, y_out, y_loss = 0.68, 1.36, 2.22, 2.88, 3.74, 4.44
+        if lower:
+            low = c.box(x, y_low, half, 0.54, "lower half", modality="text")
+            c.arrow(c.box(x, y_in, half, 0.36, ids, modality="text", size=9), low)
+        else:
+            _hidden(c, x, y_low, half, 0.54, "pale", "does not run")
+        middle = c.box(x, y_mid, half, 0.36, "text states (B, L, D)", modality="text", size=8.5)
+        if lower:
+            c.arrow(low, middle)
+        if upper:
+            up = c.box(x, y_up, half, 0.54, "upper half:\nfusion", modality="fused")
+            c.arrow(middle, up)
+            seen = c.box(x + w - beside + 0.08, y_up, beside - 0.08, 0.54, "image states", modality="image", size=9)
+            c.arrow(seen, up)
+            out = c.box(x, y_out, half, 0.36, "fused (B, L, D)", modality="fused", size=9)
+            c.arrow(up, out)
+            head = c.loss(x, y_loss, half, "MLM" if lower else "ITM")
+            c.arrow(out, head, "at hidden words" if lower else "of [CLS]", side="right")
+            if not lower:
+                c.note(x + half + 0.1, y_loss + 0.17, "and\nre-ranking", size=8.5)
+        else:
+            _hidden(c, x, y_up, half, 0.54, "pale", "does not run")
+            loss = c.loss(x + w - beside + 0.2, y_mid, beside - 0.2, "ITC")
+            c.arrow(middle, loss)
+            c.note(loss.x + loss.w / 2, y_mid - 0.28, "of [CLS],\nand search", size=8.5, ha="center")
+    return c.fig
+
+
+GRADIENT = "#C04A00"
+
+
+def albef_step() -> Figure:
+    """One training step of ALBEF in the order in which it runs (paper, 3.2 and 3.3; official code), from top to bottom.
+
+    Hatched boxes and dashed arrows let no gradient through; where one flows back, a second arrow says so.
+    """
+    c = Canvas(WIDTH, 7.3)
+    left, right, w = 0.2, 5.7, 2.3
+    for x, colour, title in ((0.1, QUIET, "teacher and queue: no gradient"), (5.6, GRADIENT, "student: gradients")):
+        c.ax.add_patch(Rectangle((x, 0.55), 2.5, 6.65, facecolor="#F5F5F5", edgecolor="none", zorder=0))
+        c.note(x + 1.25, 7.04, title, weight="bold", ha="center", colour=colour)
+
+    # 1 to 3: who reads the batch.
+    twin = c.box(left, 6.25, w, 0.5, "① the teacher follows: m · its weights + (1 − m) · the student's",
+                 frozen=True, new=True, tag="", size=9)  # fmt: skip
+    student = c.box(right, 6.25, w, 0.5, "student: its weights after the last step", size=9)
+    c.arrow(student, twin, "EMA", dashed=True)
+    batch = c.box(3.0, 5.3, 2.2, 0.62, "batch: B pictures, B captions, and these with hidden words", modality="pair",
+                  size=9)  # fmt: skip
+    asks = c.box(left, 5.36, w, 0.5, "② the teacher reads the batch", frozen=True, new=True, tag="", size=9)
+    reads = c.box(right, 5.36, w, 0.5, "③ the student reads the batch", modality="pair", size=9)
+    for a, b in ((batch, asks), (batch, reads), (twin, asks), (student, reads)):
+        c.arrow(a, b)
+
+    # 4 and 5: ITC, then the queue moves on.
+    scores = c.box(left, 4.35, 0.95, 0.5, "scores (M, V)", frozen=True, size=9)
+    vectors_t = c.box(left + 1.1, 4.35, w - 1.1, 0.5, "vectors\n(B, E) twice", frozen=True, size=9)
+    queue = c.box(left + 1.1, 3.35, w - 1.1, 0.5, "queue: Q earlier pairs", frozen=True, new=True, tag="", size=9)
+    keys = c.box(3.0, 3.35, 0.75, 1.5, "keys:\nB + Q", new=True, tag="", size=9)
+    itc = c.loss(4.2, 4.4, 1.0, "④ ITC", h=0.4)
+    vectors = c.box(right, 4.35, 1.1, 0.5, "vectors\n(B, E) twice", modality="pair", size=9)
+    states = c.box(right + 1.25, 4.35, w - 1.25, 0.5, "states\n(B, …, D)", modality="pair", size=9)
+    for a, b in ((asks, scores), (asks, vectors_t), (reads, vectors), (reads, states)):
+        c.arrow(a, b)
+    c.arrow(vectors_t, queue, "⑤ push, after ④", side="left")
+    for a in (vectors_t, queue):
+        c.arrow(a, keys, dashed=True)
+    c.arrow((keys.x + keys.w, itc.y + 0.2), itc, dashed=True)
+    c.note(4.7, 4.9, "soft targets", size=8, ha="center", va="bottom")
+
+    def meet(source: Box, loss: Box) -> None:
+        """Forward from the student to a loss, and the gradient back."""
+        middle = loss.y + loss.h / 2
+        c.arrow((source.x, middle + 0.08), (loss.x + loss.w, middle + 0.08))
+        c.arrow((loss.x + loss.w, middle - 0.08), (source.x, middle - 0.08), colour=GRADIENT)
+
+    meet(vectors, itc)
+
+    # 6: wrong partners, then ITM. 7: MLM.
+    draw = c.box(4.0, 3.3, 1.3, 0.62, "⑥ draw wrong partners", new=True, tag="", frozen=True, size=9)
+    c.arrow((4.65, itc.y), (4.65, draw.y + draw.h), "similarities\n(B, B)", dashed=True, side="left")
+    three = c.box(right, 2.3, 1.75, 0.62, "fusion half, 3 B pairs: B true, 2 B wrong", modality="fused", size=9)
+    c.arrow(draw, three, start="right", end="top", bend=True, at=(0.5, 0.25), dashed=True)
+    c.arrow((7.2, states.y), (7.2, three.y + three.h))
+    itm = c.loss(4.2, 2.41, 1.0, "⑥ ITM", h=0.4)
+    meet(three, itm)
+    hidden = c.box(right, 1.1, w, 0.62, "fusion half, captions with hidden words", modality="fused", size=9)
+    c.arrow((7.75, states.y), (7.75, hidden.y + hidden.h))
+    mlm = c.loss(4.2, 1.21, 1.0, "⑦ MLM", h=0.4)
+    meet(hidden, mlm)
+    c.arrow(scores, mlm, "soft targets", start="bottom", end="left", bend=True, at=(0.5, 0.5), dashed=True)
+    c.note(right, 0.82, "and back to all of its weights", size=8.5, colour=GRADIENT)
+    c.note(3.9, 0.72, "loss = ITC + ITM + MLM", weight="bold", ha="center")
+
+    for x, dashed, colour, text in (
+        (0.1, False, QUIET, "forward"), (1.4, True, QUIET, "forward, nothing flows back"),
+        (4.3, False, GRADIENT, "gradient"),
+    ):  # fmt: skip
+        c.arrow((x, 0.22), (x + 0.4, 0.22), dashed=dashed, colour=colour)
+        c.note(x + 0.48, 0.22, text, size=8.5)
+    c.note(5.6, 0.22, "Hatched: no gradient. Green: new here.", size=8.5, colour=QUIET)
     return c.fig
 
 

@@ -184,47 +184,82 @@ def _plain(value: float) -> str:
 
 def picture_grid(
     images: Any, captions: Sequence[str] | None = None, *, columns: int = 8, title: str | None = None,
-    frames: Any = None,
+    frames: Any = None, headings: Sequence[str] | None = None,
 ) -> Figure:  # fmt: skip
     """Pictures in rows with their captions, wrapped, below.
 
     `images` are (N, 3, H, W), uint8 or floats in [-1, 1], or a list of PIL pictures. `frames` has one entry a picture:
-    True (right: green and a tick), False (wrong: red and a cross), a colour, or None.
+    True (right: green and a tick), False (wrong: red and a cross), a colour, or None. `headings`, one a column, make a
+    table: they stand above the columns, which then share the whole width, so that long captions stay short.
     """
     shown = _pictures(images)
     frames = array(frames, "frames").tolist() if hasattr(frames, "dtype") else frames
     _same_length(captions, "captions", len(shown), "pictures")
     _same_length(frames, "frames", len(shown), "pictures")
     columns = min(columns, len(shown))
+    _same_length(headings, "headings", columns, "columns")
     gap, margin = 0.1, 0.06
-    side = _crisp(min(1.92, (WIDTH - 2 * margin + gap) / columns - gap), shown[0].shape[1])
-    cell = side + gap
+    room = (WIDTH - 2 * margin + gap) / columns - gap  # inches for a picture and its caption
+    side = _crisp(min(1.28 if headings else 1.92, room), shown[0].shape[1])
+    room = min(room, 2.4) if headings else side
+    cell = room + gap
     width = max(columns * cell - gap + 2 * margin, 2.4 if title else 0)
     rows = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
-    texts = [wrap(caption, side, SMALL) for caption in captions] if captions is not None else [""] * len(shown)
+    texts = [wrap(caption, room, SMALL) for caption in captions] if captions is not None else [""] * len(shown)
     heights = [round(side * max(shown[i].shape[0] / shown[i].shape[1] for i in row), 2) for row in rows]
     lines = [max(texts[i].count("\n") + 1 for i in row) for row in rows]
     below = [round(text_height(n, SMALL) + 0.1, 2) if captions is not None else gap for n in lines]
     heading = wrap(title, width - 2 * margin, 11, "bold") if title else ""
     top = round(text_height(heading.count("\n") + 1, 11) + 0.08, 2) if title else 0.0
+    names = [wrap(name, room, SMALL, "bold") for name in headings or []]
+    head = round(text_height(max(name.count("\n") + 1 for name in names), SMALL) + 0.06, 2) if names else 0.0
 
-    fig = new_figure(width, sum(heights) + sum(below) + top + 2 * margin, layout="none")
+    fig = new_figure(width, sum(heights) + sum(below) + head + top + 2 * margin, layout="none")
     ax = inch_axes(fig)
     y = fig.get_figheight() - margin
     if title:
         ax.text(margin, y, heading, va="top", fontsize=11, weight="bold", parse_math=False)
         y -= top
-    for row, height, room in zip(rows, heights, below, strict=True):
+    y -= head
+    for k, name in enumerate(names):
+        ax.text(margin + k * cell + room / 2, y + 0.08, name, ha="center", va="baseline", fontsize=SMALL, weight="bold",
+                linespacing=1.1, parse_math=False)  # fmt: skip
+    for row, height, foot in zip(rows, heights, below, strict=True):
         for k, i in enumerate(row):
-            x, h = margin + k * cell, side * shown[i].shape[0] / shown[i].shape[1]
+            x, h = margin + k * cell + (room - side) / 2, side * shown[i].shape[0] / shown[i].shape[1]
             ax.imshow(shown[i], extent=(x, x + side, y - h, y), aspect="auto")
             if frames is not None and frames[i] is not None:
                 _frame(ax, frames[i], x, y, side, h)
             ax.text(x + side / 2, y - height - 0.05, texts[i], ha="center", va="top", fontsize=SMALL, parse_math=False,
                     linespacing=1.1)  # fmt: skip
-        y -= height + room
+        y -= height + foot
     ax.set(xlim=(0, width), ylim=(0, fig.get_figheight()))
     return fig
+
+
+def partner_pictures(
+    images: Any, pages: Any, partners: Mapping[str, Any], captions: Sequence[str], *, page: str = "the page",
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Whom each page was paired with: a row a page, first itself, then its partners, one column a way to draw them.
+
+    `images` are N pictures, as for `picture_grid`, and `captions` their N captions, short ones. `pages` (R,) are
+    indices into them, and `partners` maps the name of a way, such as "any" or "drawn by similarity", to indices (R,).
+    `page` stands above the first column.
+    """
+    table = {page: pages, **partners}
+    if len(table) != len(partners) + 1 or not partners:
+        raise ValueError(f"partners needs one name at least, and none of them {page!r}, the name of the first column")
+    columns = {name: array(rows, f"partners[{name!r}]" if k else "pages", ndim=1)
+               for k, (name, rows) in enumerate(table.items())}  # fmt: skip
+    _same_length(captions, "captions", len(images), "pictures")
+    for name, rows in columns.items():
+        _same_length(rows, f"partners[{name!r}]", len(columns[page]), "pages")
+        if not np.issubdtype(rows.dtype, np.integer) or not len(rows) or rows.min() < 0 or rows.max() >= len(images):
+            raise ValueError(f"{name!r} must be indices from 0 to {len(images) - 1}, of {len(images)} pictures")
+    order = np.stack([*columns.values()], axis=1).ravel().tolist()  # row by row
+    sheets = [picture(images[i], f"images[{i}]").transpose(2, 0, 1) for i in order]
+    return picture_grid(sheets, [captions[i] for i in order], columns=len(columns), headings=[*columns], title=title)
 
 
 def _crisp(side: float, pixels: int) -> float:
@@ -460,6 +495,55 @@ def _level(ax: Axes, value: float, label: str, *, vertical: bool = False) -> Non
     else:
         ax.annotate(label, (1, value), (-4, 4), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
                     ha="right", va="bottom", fontsize=SMALL, color=QUIET, bbox=white)  # fmt: skip
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[Any, Any]]], *, ylabel: str, xlabel: str = "step",
+    dashed: Sequence[str] = (), hline: tuple[float, str] | None = None, title: str | None = None,
+) -> Figure:  # fmt: skip
+    """The same curves under several conditions: panels side by side with one common axis, the mean over seeds as a line
+    and from lowest to highest shaded.
+
+    `panels` maps a panel's title to its curves, each a pair of positions (n,) and values (seeds, n), as
+    `Recorded.curves` returns them, or (n,) for a single seed; a panel need not have all curves. Those named in `dashed`
+    are dashed and have the colours of the others, in the same order: for instance two recipes, two quantities of each.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    if not names or not all(panels.values()):
+        raise ValueError("there is nothing to draw: give at least one panel, and each panel at least one curve")
+    if unknown := [name for name in dashed if name not in names]:
+        raise ValueError(f"dashed names {unknown[0]!r}, which is no curve: the curves are {', '.join(names)}")
+    kinds = [[name for name in names if (name in dashed) == broken] for broken in (False, True)]
+    looks = {name: (CYCLE[i % len(CYCLE)], (0, (4, 2)) if broken else "-", "os^Dv"[i % 5])
+             for broken, kind in enumerate(kinds) for i, name in enumerate(kind)}  # fmt: skip
+    heads = [wrap(name, (WIDTH - 0.8) / len(panels) - 0.3, 11, "bold") for name in panels]
+    tall = text_height(max(head.count("\n") for head in heads), 11)
+    fig = new_figure(WIDTH, 3.3 + tall + 0.2 * -(-len(names) // 2) + (0.25 if title else 0))
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for ax, head, (panel, lines) in zip(axes, heads, panels.items(), strict=True):
+        for name in (name for name in names if name in lines):
+            what, (colour, style, mark) = f"panels[{panel!r}][{name!r}]", looks[name]
+            xs = array(lines[name][0], f"the positions of {what}", ndim=1)
+            runs = np.atleast_2d(array(lines[name][1], what, ndim=(1, 2)).astype(float))  # (seeds, n)
+            _same_length(runs[0], what, len(xs), "positions")
+            if len(runs) > 1:
+                ax.fill_between(xs, runs.min(axis=0), runs.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+            (line,) = ax.plot(xs, runs.mean(axis=0), color=colour, linestyle=style, markersize=4.5,
+                              marker=mark if len(xs) <= 20 else None,
+                              markerfacecolor="white" if name in dashed else colour)  # fmt: skip
+            handles.setdefault(name, line)
+        ax.set(xlabel=xlabel, title=head)
+        ax.margins(x=0.04)
+        if hline is not None:
+            ax.axhline(hline[0], color=QUIET, linestyle=(0, (1, 1.5)), linewidth=1.4, zorder=1.5, label=hline[1])
+    axes[0].set_ylabel(ylabel)
+    if hline is not None:  # in the legend, for in each panel it could hide a curve
+        handles[hline[1]] = axes[0].lines[-1]
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    fig.legend([*handles.values()], [*handles], loc="outside lower right", ncols=2, handlelength=3)
+    return fig
 
 
 def crossing(
@@ -710,6 +794,54 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def two_clouds(
+    panels: Mapping[str, Mapping[str, Any]], *, lines: int = 0, title: str | None = None
+) -> Figure:
+    """Where two kinds of vectors lie, in panels side by side, for instance before and after training.
+
+    `panels` maps a panel's title to its clouds, name -> points (N, 2), projected by the caller: the same names in each,
+    for instance "pictures" and "texts". All panels have one scale, so that distances can be compared. `lines` joins the
+    first points of a panel's first two clouds, which must then be pairs, in the same order.
+    """
+    clouds = {head: {name: array(xy, f"panels[{head!r}][{name!r}]", ndim=2).astype(float) for name, xy in parts.items()}
+              for head, parts in panels.items()}  # fmt: skip
+    if not clouds or not all(clouds.values()):
+        raise ValueError("there is nothing to draw: give at least one panel, and each panel at least one cloud")
+    names = [*next(iter(clouds.values()))]
+    for head, parts in clouds.items():
+        if [*parts] != names:
+            raise ValueError(f"panels[{head!r}] has the clouds {', '.join(parts)}: give {', '.join(names)} in each")
+        for name, xy in parts.items():
+            if xy.shape[1] != 2 or not len(xy) or not np.isfinite(xy).all():
+                raise ValueError(f"panels[{head!r}][{name!r}] must be finite points of shape (N, 2), not {xy.shape}")
+        if lines and (len(names) < 2 or len({*(len(parts[name]) for name in names[:2])}) > 1):
+            raise ValueError(f"lines join pairs, but the first two clouds of panels[{head!r}] are not of one length")
+    every = np.concatenate([xy for parts in clouds.values() for xy in parts.values()])
+    low, high = every.min(axis=0), every.max(axis=0)
+    reach = 0.54 * max((high - low).max(), 1e-12)
+    side = min(3.8, (WIDTH - 0.3) / len(clouds) - 0.1)
+    heads = [wrap(head, side - 0.1, 11, "bold") for head in clouds]
+    above = text_height(max(head.count("\n") + 1 for head in heads), 11)
+    fig = new_figure(max(len(clouds) * (side + 0.1) + 0.3, 4.0), side + above + 0.75 + (0.3 if title else 0))
+    axes = fig.subplots(1, len(clouds), squeeze=False)[0]
+    for ax, head, parts in zip(axes, heads, clouds.values(), strict=True):
+        for k, name in enumerate(names):
+            ax.plot(*parts[name].T, "o^sDv"[k % 5], color=(BLUE, ORANGE, *CYCLE[4:])[k % 5], markersize=4.5, alpha=0.75,
+                    markeredgecolor="white", markeredgewidth=0.4, label=name, zorder=2 + k)  # fmt: skip
+        for a, b in zip(*(parts[name][:lines] for name in names[:2]), strict=True) if lines else ():
+            ax.plot(*np.stack([a, b], axis=1), color=INK, linewidth=0.7, zorder=1.5)
+        middle = (low + high) / 2
+        ax.set(xlim=(middle[0] - reach, middle[0] + reach), ylim=(middle[1] - reach, middle[1] + reach), title=head,
+               aspect="equal", xticks=[], yticks=[])  # fmt: skip
+        ax.spines[:].set_visible(True)  # the directions mean nothing by themselves: a plain frame, no numbers
+    if lines:
+        axes[0].plot([], [], color=INK, linewidth=0.7, label="a true pair")
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    return fig
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Matrices
 
@@ -929,63 +1061,101 @@ def transport_plan(
     if not len(m):
         raise ValueError("there is nothing to draw: plan has no words")
     _same_length(words, "words", len(m), "maps of the plan")
-    _same_length(boxes, "boxes", len(m), "words")
-    for i, box in enumerate(boxes or []):
-        if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"boxes[{i}] is {tuple(box)}: give (left, top, right, bottom) in pixels")
+    framed = _boxes(boxes, len(m), "words")
     note = ("The darker, the more of the word lies there, up to each word's own maximum. Spread evenly it would be "
-            f"{m.mean():.2g} everywhere.")  # fmt: skip
-    if boxes is not None and any(box is not None for box in boxes):
-        note += " Blue frame: where the thing is."
+            f"{m.mean():.2g} everywhere.") + framed  # fmt: skip
     names = [f"{word}\nmax {peak:.3f}" for word, peak in zip(words, m.max(axis=(1, 2)), strict=True)]
     return _overlays(pixels, m, names, note, boxes=boxes, title=title)
 
 
+def word_maps_on_pictures(
+    images: Any, maps: Any, titles: Sequence[Any], *, boxes: Sequence[Sequence[float] | None] | None = None,
+    title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Where one word of each picture's caption looks: every picture, and beside it the map or maps of its word.
+
+    `images` are n pictures, as for `picture_grid`; maps (n, gh, gw) are not negative, or (n, k, gh, gw) for k maps of
+    each, such as two models' or two blocks'. `titles` has one entry a picture: the words above its map, or k of them.
+    `boxes` as in `transport_plan`, one entry a picture.
+    """
+    shown, m = _pictures(images), array(maps, "maps", ndim=(3, 4)).astype(float)
+    _same_length(m, "maps", len(shown), "pictures")
+    _same_length(titles, "titles", len(shown), "pictures")
+    m = m[:, None] if m.ndim == 3 else m
+    k = m.shape[1]
+    if not np.isfinite(m).all() or m.min() < 0:
+        raise ValueError(f"maps must be numbers of 0 or more, but the lowest is {m.min():g}: clamp them first")
+    rows = [[one] if isinstance(one, str) else [*one] for one in titles]
+    for i, row in enumerate(rows):
+        _same_length(row, f"titles[{i}]", k, "maps of a picture")
+    note = "The darker, the more, up to each map's own maximum." + _boxes(boxes, len(shown), "pictures")
+    repeated = None if boxes is None else [box for box in boxes for _ in range(k)]
+    return _overlays(shown, m, [name for row in rows for name in row], note, boxes=repeated, title=title)
+
+
+def _boxes(boxes: Sequence[Sequence[float] | None] | None, n: int, what: str) -> str:
+    """Check the frames of things, one for each of `n`. Returns the sentence about them, empty without any."""
+    _same_length(boxes, "boxes", n, what)
+    for i, box in enumerate(boxes or []):
+        if box is not None and not (len(box) == 4 and box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"boxes[{i}] is {tuple(box)}: give (left, top, right, bottom) in pixels")
+    return " Blue frame: where the thing is." if any(box is not None for box in boxes or []) else ""
+
+
 def _overlays(
-    pixels: np.ndarray, m: np.ndarray, names: Sequence[str], note: str, *, title: str | None,
+    pixels: np.ndarray | list[np.ndarray], m: np.ndarray, names: Sequence[str], note: str, *, title: str | None,
     boxes: Sequence[Sequence[float] | None] | None = None,
 ) -> Figure:  # fmt: skip
-    """A picture (H, W, 3) and maps over it (n, gh, gw) or (layers, heads, gh, gw), each under its name; see above."""
+    """Maps over a picture (H, W, 3), (n, gh, gw) or (layers, heads, gh, gw), or over a picture of its own for each row
+    of (n, k, gh, gw), each map under its name; see above."""
+    own = pixels if isinstance(pixels, list) else None
     grid = m.ndim == 4
     flat = m.reshape(-1, *m.shape[-2:])
     per_row = m.shape[1] if grid else -(-len(m) // -(-len(m) // 5))  # rows of equal length, of five at most
     if per_row > 12:
         raise ValueError(f"{per_row} heads side by side are too many to see anything: show 12 at most")
-    rows, columns = -(-len(flat) // per_row), per_row + 1  # the picture itself stands at the left
+    groups = min(len(own), max(1, 6 // (per_row + 1))) if own else 1  # so many pictures with their maps in a row
+    rows, columns = -(-len(flat) // (per_row * groups)), groups * (per_row + 1)  # a picture stands left of its maps
     cell = min(1.75, WIDTH / columns)
     side = cell - 0.12
     texts = [wrap(name, side, 8) for name in names]
     label = text_height(max(t.count("\n") + 1 for t in texts), 8) + 0.06
-    height, head = side * pixels.shape[0] / pixels.shape[1], 0.3 if title else 0.05
-    note = wrap(note, columns * cell - 0.12, 8)
+    height = side * max(p.shape[0] / p.shape[1] for p in own or [pixels])
+    width = columns * cell
+    heading = wrap(title, width - 0.12, 11, "bold") if title else ""
+    head = text_height(heading.count("\n"), 11) + 0.3 if title else 0.05
+    note = wrap(note, width - 0.12, 8)
     foot = text_height(note.count("\n") + 1, 8) + 0.08
 
-    fig = new_figure(columns * cell, rows * (height + label + 0.06) + head + foot, layout="none")
+    fig = new_figure(width, rows * (height + label + 0.06) + head + foot, layout="none")
     ax = inch_axes(fig)
-    if title:
-        ax.text(0.06, fig.get_figheight() - 0.06, title, va="top", fontsize=11, weight="bold", parse_math=False)
+    ax.text(0.06, fig.get_figheight() - 0.06, heading, va="top", fontsize=11, weight="bold", parse_math=False)
     ax.text(0.06, 0.05, note, va="bottom", fontsize=8, color=QUIET)
-    pale = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255 * 0.5 + 0.5
     heat = np.empty((*m.shape[-2:], 4))
     heat[..., :3] = to_rgb(WRONG)
     for k in range(len(flat)):
-        r, c = divmod(k, per_row)
+        row, c = divmod(k, per_row)
+        seen = own[row] if own else pixels
+        pale = np.repeat(seen.mean(axis=2, keepdims=True), 3, axis=2) / 255 * 0.5 + 0.5
+        r, group = divmod(row, groups)
+        left = 0.06 + group * (per_row + 1) * cell
         top = fig.get_figheight() - head - r * (height + label + 0.06) - label
-        place = (0.06 + (c + 1) * cell, 0.06 + (c + 1) * cell + side, top - height, top)
+        low = top - side * seen.shape[0] / seen.shape[1]
+        place = (left + (c + 1) * cell, left + (c + 1) * cell + side, low, top)
         heat[..., 3] = 0.75 * np.clip(flat[k] / max(flat[k].max(), 1e-12), 0, 1)
         ax.imshow(pale, extent=place, aspect="auto")
         ax.imshow(heat.copy(), extent=place, aspect="auto", interpolation="nearest")
         if boxes is not None and boxes[k] is not None:
-            x0, y0, x1, y1 = (float(v) * side / pixels.shape[1] for v in boxes[k])
-            for width, colour in ((4, "white"), (1.8, BLUE)):  # seen on light and on dark
+            x0, y0, x1, y1 = (float(v) * side / seen.shape[1] for v in boxes[k])
+            for thick, colour in ((4, "white"), (1.8, BLUE)):  # seen on light and on dark
                 ax.add_patch(Rectangle((place[0] + x0, top - y1), x1 - x0, y1 - y0, fill=False, edgecolor=colour,
-                                       linewidth=width))  # fmt: skip
+                                       linewidth=thick))  # fmt: skip
         ax.text(place[0] + side / 2, top + 0.03, texts[k], ha="center", va="bottom", fontsize=8, linespacing=1.1,
                 parse_math=False)  # fmt: skip
-        if c == 0 and (r == 0 or grid):
-            ax.imshow(pixels, extent=(0.06, 0.06 + side, top - height, top), aspect="auto")
-            ax.text(0.06 + side / 2, top + 0.03, "picture", ha="center", va="bottom", fontsize=8)
-    ax.set(xlim=(0, columns * cell), ylim=(0, fig.get_figheight()))
+        if c == 0 and (row == 0 or grid):
+            ax.imshow(seen, extent=(left, left + side, low, top), aspect="auto")
+            ax.text(left + side / 2, top + 0.03, "picture", ha="center", va="bottom", fontsize=8)
+    ax.set(xlim=(0, width), ylim=(0, fig.get_figheight()))
     return fig
 
 

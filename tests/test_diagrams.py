@@ -79,6 +79,12 @@ DRAWINGS = {
     "flip_overview one": lambda: diagrams.flip_overview(keep=[40]),
     "flip_stages": diagrams.flip_stages,
     "four_ways_to_hide": diagrams.four_ways_to_hide,
+    "albef_overview": diagrams.albef_overview,
+    "albef_overview words": lambda: diagrams.albef_overview(
+        np.zeros((3, 32, 64), np.uint8), words=("a", "white", "umbrella")
+    ),
+    "albef_modes": diagrams.albef_modes,
+    "albef_step": diagrams.albef_step,
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -386,6 +392,119 @@ def test_of_four_ways_to_hide_one_alone_is_shorter():
     assert [v.split(":")[0].split(",")[0] for v in verdicts] == ["no", "no", "yes"]
 
 
+def placed(fig: Figure) -> dict[str, list[Bbox]]:
+    """Where the boxes lie, by their words, on one line."""
+    shapes = {p.get_gid(): p.get_window_extent() for p in fig.findobj(FancyBboxPatch) if p.get_gid()}
+    where: dict[str, list[Bbox]] = {}
+    for t in words(fig):
+        if t.get_gid():
+            where.setdefault(" ".join(t.get_text().split()), []).append(shapes[t.get_gid()])
+    return where
+
+
+def joined(fig: Figure, *, look: str = "") -> set[tuple[str, str]]:
+    """Which box each arrow leaves and which it reaches, by their words; `look`: "dashed", or a colour. Arrows that
+    leave or reach something else are left out."""
+    boxes = [(name, box) for name, found in placed(fig).items() for box in found]
+
+    def at(x: float, y: float) -> str | None:  # lines end a little before what they point at
+        near = {name for name, b in boxes if b.x0 - 9 < x < b.x1 + 9 and b.y0 - 9 < y < b.y1 + 9}
+        return near.pop() if len(near) == 1 else None
+
+    found = set()
+    for line in fig.findobj(Line2D):
+        dashed, colour = line.get_linestyle() == "--", to_rgb(line.get_color())
+        fits = dashed if look == "dashed" else colour == to_rgb(look) if look else True
+        if line.get_gid() == "arrow" and fits:
+            ends = line.get_transform().transform(line.get_xydata())
+            found.add((at(*ends[0]), at(*ends[-1])))
+    return {pair for pair in found if None not in pair}
+
+
+def test_albef_aligns_class_tokens_before_it_fuses_and_the_picture_answers_the_words():
+    fig = diagrams.albef_overview()
+    arrows, where = joined(fig), placed(fig)
+    assert {("linear, length 1", "ITC"), ("batch: B", "ITC"), ("queue: Q earlier pairs", "ITC"),
+            ("batch: B", "queue: Q earlier pairs"), ("[CLS]", "linear, length 1"), ("CLS", "linear, length 1"),
+            ("[CLS]", "linear D → 2"), ("linear D → 2", "ITM"), ("MLM head", "MLM")} <= arrows  # fmt: skip
+    assert ("self-attention: words look at words", "cross-attention: words look at the picture") in arrows
+    twin = "the teacher: a twin of all of this without ITM"
+    assert joined(fig, look="dashed") == {("text encoder, lower half: words look at words", twin)}
+    assert not any(a == twin and "encoder" in b for a, b in arrows)  # the teacher teaches no weights
+    (cross,), (itc,), (itm,), (mlm,) = (where[name] for name in (
+        "cross-attention: words look at the picture", "ITC", "ITM", "MLM"))  # fmt: skip
+    assert itc.y1 < cross.y0 < cross.y1 < min(itm.y0, mlm.y0)
+    routes = [line.get_transform().transform(line.get_xydata()) for line in fig.findobj(Line2D)
+              if line.get_gid() == "arrow"]  # fmt: skip
+    (answer,) = [r for r in routes if abs(r[-1][0] - cross.x0) < 9 and cross.y0 < r[-1][1] < cross.y1]
+    (image_encoder,) = where["image encoder: lesson 01's ViT"]
+    assert image_encoder.x0 < answer[0][0] < image_encoder.x1 and image_encoder.y1 < answer[0][1] < cross.y0
+
+
+def test_albef_marks_what_no_earlier_lesson_has():
+    fig = diagrams.albef_overview()
+    assert [" ".join(text.split()) for text in boxes(fig, new=True)] == [
+        "the teacher: a twin of all of this without ITM", "batch: B", "queue: Q earlier pairs", "ITC"
+    ]  # fmt: skip
+    frames = [p.get_window_extent() for p in fig.findobj(FancyBboxPatch)
+              if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)]
+    (frame,) = frames
+    inside = {name.split(":")[0].split(",")[0] for name, found in placed(fig).items() if _contains(frame, found[0])}
+    assert inside == {"self-attention", "cross-attention", "MLP"}
+
+
+def test_each_mode_runs_its_halves_and_ends_in_its_loss():
+    fig = diagrams.albef_modes()
+    titles = sorted((t for t in words(fig) if t.get_text().startswith("“")), key=lambda t: extent(t).x0)
+    assert [t.get_text() for t in titles] == ["“text”", "“fusion”", "“multi-modal”"]
+    lefts = [extent(t).x0 for t in titles]
+    panels: list[set[str]] = [set(), set(), set()]
+    for name, found in placed(fig).items():
+        for box in found:
+            panels[sum(box.x1 > left for left in lefts) - 1].add(name)
+    lower, upper = {"lower half", "text states (B, L, D)"}, {"upper half: fusion", "image states", "fused (B, L, D)"}
+    assert panels == [
+        {"ids (B, L)", "ITC"} | lower,
+        {"text states (B, L, D)", "ITM"} | upper,
+        {"hidden ids (B, L)", "MLM"} | lower | upper,
+    ]
+    idle = [extent(t) for t in words(fig) if t.get_text() == "does not run"]
+    halves = placed(fig)
+    assert len(idle) == 2
+    in_text, in_fusion = sorted(idle, key=lambda b: b.x0)
+    assert in_text.x1 < lefts[1] < in_fusion.x0 < lefts[2]
+    for box, half in ((in_text, "upper half: fusion"), (in_fusion, "lower half")):
+        assert halves[half][0].y0 < box.y0 < box.y1 < halves[half][0].y1
+
+
+def test_the_seven_parts_of_a_step_stand_in_order_and_gradients_reach_the_student_alone():
+    fig = diagrams.albef_step()
+    shapes, texts = placed(fig), [t for t in words(fig) if t.get_text()[0] in "①②③④⑤⑥⑦"]
+    tops = {}
+    for t in texts:
+        tops.setdefault(t.get_text()[0], []).append(extent(t).y0)
+    assert sorted(tops) == list("①②③④⑤⑥⑦") and {k: len(v) for k, v in tops.items() if len(v) > 1} == {"⑥": 2}
+    order = [max(tops[k]) for k in "①②③④⑤⑥⑦"]
+    assert all(a > b - 1 for a, b in itertools.pairwise(order))
+    bands = sorted((p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND),
+                   key=lambda b: b.x0)  # fmt: skip
+    teacher, student = ({name for name, found in shapes.items() if any(_contains(band, box) for box in found)}
+                        for band in bands)  # fmt: skip
+    goals = {"④ ITC": "vectors (B, E) twice", "⑥ ITM": "fusion half, 3 B pairs: B true, 2 B wrong",
+             "⑦ MLM": "fusion half, captions with hidden words"}  # fmt: skip
+    assert joined(fig, look=diagrams.GRADIENT) == set(goals.items()) and {*goals.values()} <= student
+    gradients = [line.get_xydata()[-1][0] for line in fig.findobj(Line2D)
+                 if line.get_gid() == "arrow" and to_rgb(line.get_color()) == to_rgb(diagrams.GRADIENT)]  # fmt: skip
+    assert sum(100 * x > bands[1].x0 - 9 for x in gradients) == 3  # the fourth is the sample below
+    still = joined(fig, look="dashed")
+    assert {("queue: Q earlier pairs", "keys: B + Q"), ("scores (M, V)", "⑦ MLM"), ("④ ITC", "⑥ draw wrong partners"),
+            ("⑥ draw wrong partners", "fusion half, 3 B pairs: B true, 2 B wrong")} <= still  # fmt: skip
+    every = fig.findobj(FancyBboxPatch)
+    frozen = {a.get_gid() for a, b in itertools.pairwise(every) if b.get_hatch()}
+    hatched = {" ".join(t.get_text().split()) for t in words(fig) if t.get_gid() in frozen}
+    assert hatched == teacher | {"⑥ draw wrong partners"}
+
+
 STRONG = to_rgb(diagrams.STRONG["fused"])
 
 
@@ -490,6 +609,8 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.flip_overview(keep=[64]), "from 0 to 63"),
         (lambda: diagrams.flip_overview(keep=[-1]), "from 0 to 63"),
         (lambda: diagrams.flip_overview(keep=[[1, 2]]), "keep must have 1 dimensions"),
+        (lambda: diagrams.albef_overview(words=("house",)), "three words"),
+        (lambda: diagrams.albef_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
         (lambda: diagrams.clip_matrix(1), "choose n from 2 to 8"),
         (lambda: diagrams.clip_matrix(9), "choose n from 2 to 8"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),

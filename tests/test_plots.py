@@ -44,6 +44,14 @@ RATIOS, COST = [0, 0.25, 0.5, 0.75], [1, 0.78, 0.53, 0.31]
 SHOTS = [1, 2, 4, 8, 16, 32]
 PROBE = np.linspace(0.3, 0.9, 6)[:, None] + 0.02 * RNG.normal(size=(6, 5))  # (shots, seeds)
 BLOCKS = np.array([[0.9, 0.1, 0.02, 0.98], [0.4, 0.6, 1, 0], [0.5, 0.5, 0.5, 0.5]])  # (layers, 4)
+CLOUDS = {"before": {"pictures": RNG.normal(size=(40, 2)), "texts": RNG.normal(size=(40, 2)) + 5},
+          "after": {"pictures": RNG.normal(size=(40, 2)), "texts": 3 * RNG.normal(size=(40, 2))}}  # fmt: skip
+EPOCHS = np.array([1.5, 3, 6])
+PANELS = {
+    "clean": {"A": (EPOCHS, RNG.random((3, 3))), "B": (EPOCHS, RNG.random((3, 3)))},
+    "20 % of the captions exchanged": {k: (EPOCHS, RNG.random((3, 3))) for k in ("B", "A, fit", "B, fit")},
+    "40 %": {k: (EPOCHS, RNG.random((3, 3))) for k in ("A", "B", "A, fit", "B, fit")},
+}
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
     "pictures": lambda: plots.picture_grid(
@@ -131,6 +139,25 @@ PLOTS = {
     "ranked, mixed shapes": lambda: plots.ranked_pictures(
         ["$1 or $2 of a_b"] * 2, [Image.new("RGB", (40, 20)), Image.new("RGB", (20, 40))], [[0, 1], [1, 0]]
     ),
+    "partners": lambda: plots.partner_pictures(
+        PICTURES, [0, 1, 2], {"any": [3, 4, 5], "drawn by similarity": torch.tensor([6, 7, 8]), LONG: [9, 9, 9]},
+        CAPTIONS, title=LONG * 2,
+    ),
+    "partners, one": lambda: plots.partner_pictures(PICTURES, [0], {"any": [1]}, [LONG * 3] * 24, page="$a_b$"),
+    "word maps": lambda: plots.word_maps_on_pictures(
+        PICTURES[:7], shares(7, 4, 4), [LONG] * 7, boxes=[(3.5, 2, 9, 16)] * 3 + [None] * 4, title=LONG * 2
+    ),
+    "word maps, two": lambda: plots.word_maps_on_pictures(
+        PICTURES[:3], torch.rand(3, 2, 4, 4), [("Grad-CAM", "attention")] * 3
+    ),
+    "word maps, one": lambda: plots.word_maps_on_pictures([Image.new("RGB", (40, 20))], np.zeros((1, 2, 4)), ["a"]),
+    "clouds": lambda: plots.two_clouds(CLOUDS, lines=5, title=LONG),
+    "clouds, three panels": lambda: plots.two_clouds({k: {"a": torch.randn(9, 2)} for k in (LONG, "b", "c")}),
+    "clouds, one point": lambda: plots.two_clouds({"t": {"$a$": [[0.5, 0.5]]}}),
+    "panels": lambda: plots.curve_panels(
+        PANELS, ylabel="share", xlabel="epoch", dashed=["A, fit", "B, fit"], hline=(0.1, "chance"), title=LONG
+    ),
+    "panels, long": lambda: plots.curve_panels({LONG: {LONG: (STEPS, RUNS), "b": (STEPS, RUNS[0])}}, ylabel="loss"),
     "confusion": lambda: plots.confusion(RNG.integers(0, 90, (12, 12)), KINDS, title="t"),
     "confusion, empty class": lambda: plots.confusion(np.array([[3, 1], [0, 0]]), ["swapped", "as it was"]),
     "overlay": lambda: plots.attention_overlay(PICTURES[0], shares(4, 4, 4), titles=["block 1"] * 4, title="t"),
@@ -413,6 +440,85 @@ def test_ranked_pictures_stand_in_the_order_of_the_ranking_and_the_true_ones_are
     assert not bare.axes[0].patches and not any("belongs" in t.get_text() for t in words(bare))
 
 
+def test_each_row_shows_a_page_and_its_partners_under_their_headings():
+    ways = {"any": [7, 3], "drawn by similarity": [1, 0]}
+    names = [f"caption {i}" for i in range(24)]
+    fig = plots.partner_pictures(PICTURES, [5, 9], ways, names)
+    ax = fig.axes[0]
+    order = [5, 7, 1, 9, 3, 0]
+    for image, i in zip(ax.images, order, strict=True):
+        np.testing.assert_array_equal(image.get_array(), plots.picture(PICTURES[i]))
+    texts = {t.get_text(): Text.get_window_extent(t) for t in words(fig)}
+    assert set(texts) == {"the page", *ways, *(names[i] for i in order)}
+    places = [image.get_window_extent() for image in ax.images]
+    for k, (image, i) in enumerate(zip(places, order, strict=True)):  # a caption stands right below its picture
+        below, middle = texts[names[i]], (image.x0 + image.x1) / 2
+        assert 0 < image.y0 - below.y1 < 15 and abs((below.x0 + below.x1) / 2 - middle) < 2
+        above = texts[["the page", *ways][k % 3]]
+        assert above.y0 > image.y1 - 1 and abs((above.x0 + above.x1) / 2 - middle) < 2
+
+
+def test_each_picture_has_its_own_map_and_the_frame_of_its_own_thing():
+    maps = np.full((3, 2, 4, 4), 0.01)
+    for i in range(3):
+        maps[i, :, i, i + 1] = 0.8
+    titles = [(f"left {i}", f"right {i}") for i in range(3)]
+    fig = plots.word_maps_on_pictures(PICTURES[:3], maps, titles, boxes=[None, (4, 8, 12, 16), None])
+    images = fig.axes[0].images
+    heats = [im for im in images if im.get_array().shape == (4, 4, 4)]
+    peaks = [np.unravel_index(heat.get_array()[..., 3].argmax(), (4, 4)) for heat in heats]
+    assert peaks == [(0, 1), (0, 1), (1, 2), (1, 2), (2, 3), (2, 3)]
+    whole = [im for im in images if im.get_array().dtype == np.uint8]
+    for i, image in enumerate(whole):  # a picture, then the same picture in grey under each of its maps
+        np.testing.assert_array_equal(image.get_array(), plots.picture(PICTURES[i]))
+        left, right, low, high = image.get_extent()
+        own = [heat.get_extent() for heat in heats[2 * i : 2 * i + 2]]
+        assert [tuple(place[2:]) for place in own] == [(low, high)] * 2 and right < own[0][0] < own[1][0]
+    pale = [im.get_array() for im in images if im.get_array().shape == (16, 16, 3) and im not in whole]
+    grey = plots.picture(PICTURES[1]).mean(axis=2) / 255 * 0.5 + 0.5
+    np.testing.assert_allclose(pale[2][..., 0], grey)
+    frames = [p for p in fig.findobj(Rectangle) if to_hex(p.get_edgecolor()).upper() == plots.BLUE]
+    assert len(frames) == 2
+    for frame, heat in zip(frames, heats[2:4], strict=True):
+        left, right, low, high = heat.get_extent()
+        corners = (frame.get_bbox().get_points() - (left, low)) / (right - left, high - low)
+        np.testing.assert_allclose(corners, [[0.25, 0], [0.75, 0.5]], atol=1e-9)
+    assert {name for pair in titles for name in pair} <= {t.get_text() for t in words(fig)}
+
+
+def test_clouds_have_one_scale_and_lines_join_true_pairs():
+    fig = plots.two_clouds(CLOUDS, lines=3)
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
+    for ax, parts in zip(fig.axes, CLOUDS.values(), strict=True):
+        points = [line for line in ax.lines if line.get_marker() != "None"]
+        assert len({line.get_marker() for line in points}) == len({line.get_color() for line in points}) == 2
+        for line, xy in zip(points, parts.values(), strict=True):
+            np.testing.assert_array_equal(line.get_xydata(), xy)
+            assert (np.abs(xy - np.mean([ax.get_xlim(), ax.get_ylim()], axis=1)) < np.diff(ax.get_xlim()) / 2).all()
+        joins = [line.get_xydata() for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata())]
+        np.testing.assert_array_equal(joins, np.stack([xy[:3] for xy in parts.values()], axis=1))
+    assert {"pictures", "texts", "a true pair", "before", "after"} == {t.get_text() for t in words(fig)}
+
+
+def test_a_curve_has_one_look_in_all_panels_and_spans_its_seeds():
+    fig = plots.curve_panels(PANELS, ylabel="share", dashed=["A, fit", "B, fit"])
+    assert [" ".join(ax.get_title("left").split()) for ax in fig.axes] == [*PANELS]
+    looks: dict[str, set] = {}
+    for ax, lines in zip(fig.axes, PANELS.values(), strict=True):
+        names = [name for name in ("A", "B", "A, fit", "B, fit") if name in lines]
+        for name, line, band in zip(names, ax.lines, ax.collections, strict=True):
+            xs, runs = lines[name]
+            np.testing.assert_allclose(line.get_xydata(), np.stack([xs, runs.mean(axis=0)], axis=1))
+            y = band.get_paths()[0].vertices[:, 1]
+            assert (y.min(), y.max()) == pytest.approx((runs.min(), runs.max()))
+            looks.setdefault(name, set()).add((line.get_color(), line.get_linestyle()))
+    assert {name: [*look] for name, look in looks.items()} == {
+        "A": [(plots.BLUE, "-")], "B": [(plots.VERMILLION, "-")],
+        "A, fit": [(plots.BLUE, "--")], "B, fit": [(plots.VERMILLION, "--")],
+    }  # fmt: skip
+    assert len({ax.get_ylim() for ax in fig.axes}) == 1
+
+
 def test_confusion_colours_shares_of_the_row_and_prints_counts():
     fig = plots.confusion(np.array([[30, 10], [0, 5]]), ["cat", "dog"])
     np.testing.assert_allclose(fig.axes[0].images[0].get_array(), [[0.75, 0.25], [0, 1]])
@@ -567,6 +673,32 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.ranked_pictures(["a"], PICTURES, [[24]]), "indices from 0 to 23, of 24 pictures"),
         (lambda: plots.ranked_pictures(["a"], PICTURES, [[-1]]), "indices from 0 to 23"),
         (lambda: plots.ranked_pictures(["a"], PICTURES, [[0.5]]), "indices from 0 to 23"),
+        (lambda: plots.picture_grid(PICTURES, columns=8, headings=["a"]), "headings has 1 entries for 8 columns"),
+        (lambda: plots.partner_pictures(PICTURES, [0], {}, CAPTIONS), "one name at least"),
+        (lambda: plots.partner_pictures(PICTURES, [0], {"the page": [1]}, CAPTIONS), "none of them 'the page'"),
+        (lambda: plots.partner_pictures(PICTURES, [0], {"any": [1, 2]}, CAPTIONS), "2 entries for 1 pages"),
+        (lambda: plots.partner_pictures(PICTURES, [0], {"any": [24]}, CAPTIONS), "'any' must be indices from 0 to 23"),
+        (lambda: plots.partner_pictures(PICTURES, [-1], {"any": [1]}, CAPTIONS), "must be indices from 0 to 23"),
+        (lambda: plots.partner_pictures(PICTURES, [0], {"any": [1]}, ["a"]), "captions has 1 entries for 24 pictures"),
+        (lambda: plots.word_maps_on_pictures(PICTURES[:2], np.ones((2, 16)), ["a"] * 2), "3 or 4 dimensions"),
+        (lambda: plots.word_maps_on_pictures(PICTURES[:2], np.ones((3, 4, 4)), ["a"] * 2), "3 entries for 2 pictures"),
+        (lambda: plots.word_maps_on_pictures(PICTURES[:1], -np.ones((1, 4, 4)), ["a"]), "clamp them first"),
+        (
+            lambda: plots.word_maps_on_pictures(PICTURES[:1], np.ones((1, 2, 4, 4)), ["ab"]),
+            r"titles\[0\] has 1 entries for 2 maps of a picture",
+        ),
+        (
+            lambda: plots.word_maps_on_pictures(PICTURES[:1], np.ones((1, 4, 4)), ["a"], boxes=[(9, 0, 3, 4)]),
+            r"boxes\[0\] is \(9, 0, 3, 4\)",
+        ),
+        (lambda: plots.two_clouds({}), "at least one panel"),
+        (lambda: plots.two_clouds({"a": {"b": np.ones((3, 3))}}), r"points of shape \(N, 2\), not \(3, 3\)"),
+        (lambda: plots.two_clouds({"a": {"b": [[0, np.nan]]}}), "must be finite points"),
+        (lambda: plots.two_clouds({"a": {"b": [[0, 1]]}, "c": {"d": [[0, 1]]}}), "give b in each"),
+        (lambda: plots.two_clouds({"a": {"b": [[0, 1]]}}, lines=1), "not of one length"),
+        (lambda: plots.curve_panels({}, ylabel=""), "at least one panel"),
+        (lambda: plots.curve_panels({"a": {"b": ([1], [1])}}, ylabel="", dashed=["c"]), "'c', which is no curve"),
+        (lambda: plots.curve_panels({"a": {"b": ([1, 2], [[1]])}}, ylabel=""), "1 entries for 2 positions"),
         (lambda: plots.confusion(np.zeros((2, 3)), ["a", "b"]), r"shape \(2, 2\)"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((4, 4))), "3 or 4 dimensions"),
         (lambda: plots.attention_overlay(PICTURES[0], np.zeros((2, 4, 4)), titles=["a"]), "titles has 1 entries"),
