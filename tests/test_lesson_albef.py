@@ -436,9 +436,14 @@ def test_the_temperature_is_kept_before_it_is_used(model, batch):
 def test_itc_compares_with_the_teachers_vectors_and_the_queue(model, batch, masked, alpha):
     batch = with_a_twin((*batch[:-1], torch.tensor(alpha)))
     images, ids, mask, hidden, labels, shows, says, *_ = batch
+    other = int((shows[0] == says[0]).nonzero()[0]) ^ 1  # the column of the level that is not read
     with torch.no_grad():
         model.queue.shows[3], model.queue.says[3] = shows[2], says[2]  # of another step, but it says the same
-        model.queue.image[3], model.queue.text[3] = unit(2, TINY.embed_dim)
+        shows[4, other] = says[5]  # the picture of page 4 also shows what caption 5 says, but not the reverse
+        model.queue.shows[5, other] = says[6]
+        for place, page in ((3, 2), (5, 6)):  # and they are alike, so that it matters
+            model.queue.text[place] = model.student.encode_image(images[page : page + 1])[0]
+            model.queue.image[place] = model.student.encode_text(ids[page : page + 1])[0]
     twin = deepcopy(model)
     loss = lesson.albef_loss(model, *batch, masked=masked)["itc"]
     image_t, text_t, _ = lesson.ask_teacher(twin, images, ids, mask, hidden, labels, guess=False)
@@ -450,6 +455,7 @@ def test_itc_compares_with_the_teachers_vectors_and_the_queue(model, batch, mask
             same[0, i, j] = masked and all_says[j] in shows[i]
             same[1, i, j] = masked and says[i] in all_shows[j]
     assert not masked or (same[:, 0, 1].all() and same[:, 1, 0].all() and same[:, 2, B + 3].all())
+    assert not masked or (same[:, 4, 5].tolist(), same[:, 6, B + 5].tolist()) == ([True, False], [False, True])
     with torch.no_grad():
         image, text = twin.student.encode_image(images), twin.student.encode_text(ids)
         temp = twin.student.temp.item()
@@ -758,7 +764,8 @@ def test_shared_facts_are_counted_over_the_pages_own():
         scene([("cat", "red")], weather="rain"),  # four, of which three are the first's
         scene([("cat", "blue"), ("dog", "red")], place="farm", sky="night", weather="snow"),  # same words, other pairs
     ])  # fmt: skip
-    assert lesson.shared_facts(data, torch.tensor([1, 0, 0])) == pytest.approx((3 / 5 + 3 / 4 + 0) / 3)
+    assert lesson.shared_facts(data, torch.tensor([1, 2, 0])) == pytest.approx((3 / 5 + 0 + 0) / 3)
+    assert lesson.shared_facts(data, torch.tensor([2, 0, 0])) == pytest.approx((0 + 3 / 4 + 0) / 3)
     assert lesson.shared_facts(data, torch.tensor([0, 1, 2])) == 1.0
 
 
