@@ -821,9 +821,14 @@ def two_clouds(
     reach = 0.54 * max((high - low).max(), 1e-12)
     side = min(3.8, (WIDTH - 0.3) / len(clouds) - 0.1)
     heads = [wrap(head, side - 0.1, 11, "bold") for head in clouds]
-    above = text_height(max(head.count("\n") + 1 for head in heads), 11)
-    fig = new_figure(max(len(clouds) * (side + 0.1) + 0.3, 4.0), side + above + 0.75 + (0.3 if title else 0))
-    axes = fig.subplots(1, len(clouds), squeeze=False)[0]
+    above = text_height(max(head.count("\n") + 1 for head in heads), 11) + 0.12
+    width = max(len(clouds) * (side + 0.1) + 0.1, 4.0)
+    heading = wrap(title, width - 0.2, 11, "bold") if title else ""
+    top = text_height(heading.count("\n") + 1, 11) + 0.1 if title else 0.0
+    foot, height = 0.35, 0.35 + side + above + top
+    fig = new_figure(width, height, layout="none")
+    axes = [fig.add_axes(((0.1 + i * (side + 0.1)) / width, foot / height, side / width, side / height))
+            for i in range(len(clouds))]  # fmt: skip
     for ax, head, parts in zip(axes, heads, clouds.values(), strict=True):
         for k, name in enumerate(names):
             ax.plot(*parts[name].T, "o^sDv"[k % 5], color=(BLUE, ORANGE, *CYCLE[4:])[k % 5], markersize=4.5, alpha=0.75,
@@ -836,9 +841,8 @@ def two_clouds(
         ax.spines[:].set_visible(True)  # the directions mean nothing by themselves: a plain frame, no numbers
     if lines:
         axes[0].plot([], [], color=INK, linewidth=0.7, label="a true pair")
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
+    fig.text(0.1 / width, 1 - 0.06 / height, heading, va="top", fontsize=11, weight="bold", parse_math=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower right", ncols=3)
     return fig
 
 
