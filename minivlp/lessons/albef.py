@@ -270,16 +270,18 @@ def loss_of(recipe: Recipe) -> Callable:
 
 
 def train(
-    recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ALBEF"
+    recipe: Recipe, *, seed: int, device: torch.device, progress: str | None = "ALBEF", times: int | None = None
 ) -> tuple[MomentumALBEF, History]:
-    """One run of a recipe: build, batch, fit. The seed fixes weights, queue, pairs and draws, not the planted noise."""
+    """One run of a recipe: build, batch, fit. The seed fixes weights, queue, pairs and draws, not the planted noise.
+    It is looked at `times` during the run."""
+    times = times or (4 if recipe.itm and not recipe.everything else 8)
     minivlp.seed_everything(seed)
     model = begin(recipe).to(device)
     batches = ALBEFBatches(pairs("train", recipe.train_size), recipe, seed=seed)
     history = fit(
         model, batches, loss_of(recipe), steps=recipe.steps, lr=recipe.lr, weight_decay=recipe.weight_decay,
-        warmup=recipe.warmup, evaluate=validation(recipe),
-        evaluate_every=max(1, recipe.steps // (4 if recipe.itm and not recipe.everything else 8)), progress=progress,
+        warmup=recipe.warmup, evaluate=validation(recipe), evaluate_every=max(1, recipe.steps // times),
+        progress=progress,
     )  # fmt: skip
     clamp_temperature(model.student)  # the last update came after the last clamp
     return model, history
