@@ -328,7 +328,7 @@ def all_pairs(model: ALBEF, images: Tensor, texts: Sequence[str]) -> Tensor:
 
 
 def rerank(model: ALBEF, similarity: Tensor, held: tuple[Tensor, ...], k: int, *, by_text: bool = False) -> Tensor:
-    """ALBEF's search (paper, 4.2): the `k` best of each row of similarity (Q, G) get ITM's log odds, all others -100.
+    """ALBEF's search (paper, 4.2): the `k` best of each row of similarity (N, M) get ITM's log odds, all others -100.
 
     `held` is what `states` gave. Rows are pictures that look for texts, or with `by_text` the other way round."""
     top = similarity.topk(k, dim=1).indices  # (Q, k)
