@@ -14,7 +14,6 @@ from minivlp.checks import CheckFailed
 from minivlp.checks import albef as checks
 from minivlp.losses import distilled_contrastive_loss, hard_negatives
 from minivlp.models.albef import PairQueue, follow
-from minivlp.notebooks import LESSONS
 
 torch.set_num_threads(1)
 torch.zeros((), requires_grad=True).backward(torch.ones(()))  # PyTorch loads a lot at the first such call: not timed
@@ -844,19 +843,14 @@ def test_the_number_of_judged_pairs_is_told(capsys):
 
 # ------------------------------------------------------------------------------------------------- the lesson
 
-in_the_lesson = pytest.mark.skipif(not (LESSONS / LESSON).exists(), reason="the lesson is not written yet")
 
-
-@in_the_lesson
 def test_the_lesson_has_an_exercise_for_every_check():
     helpers.has_an_exercise_for_every_check(LESSON, NAMES)
 
 
-@in_the_lesson
 def test_the_lessons_own_solutions_pass(capsys):
     helpers.solutions_pass(checks, LESSON, capsys)
 
 
-@in_the_lesson
 def test_without_its_solution_an_exercise_is_not_done_yet():
     helpers.is_not_done_without_solutions(checks, LESSON)
