@@ -443,13 +443,14 @@ def word_maps(
 @lru_cache(maxsize=1)
 def pages_to_point_at(n: int = 300) -> tuple[PairTensors, Tensor, Tensor]:
     """Test pages with one thing, where its noun stands in their captions of level 1, (n, L) True at its pieces, and how
-    much of each patch of a 4 x 4 grid the thing's box covers, (n, 16)."""
+    much of each of the P patches the thing's box covers, (n, P)."""
     data = pairs("test", 1000)
     data = data.subset([i for i, scene in enumerate(data.scenes) if len(scene.things) == 1])
     hidden = cloze([captions[1] for captions in data.captions], words(), NOUNS)
     chosen = hidden.rows.tolist()[:n]
     at = (hidden.ids == words().mask_id)[: len(chosen)]
-    return data.subset(chosen), at, torch.stack([inside(data.scenes[i], 4) for i in chosen])
+    grid = MAIN.model.image_config().grid
+    return data.subset(chosen), at, torch.stack([inside(data.scenes[i], grid) for i in chosen])
 
 
 def pointing(model: ALBEF) -> dict[str, float]:
@@ -458,7 +459,7 @@ def pointing(model: ALBEF) -> dict[str, float]:
     texts = [captions[1] for captions in data.captions]
     numbers = {"pointing, evenly": covered.mean(dim=1).mean().item()}
     for name, gradient in (("Grad-CAM", True), ("attention", False)):
-        maps = (word_maps(model, data.images, texts, gradient=gradient) * at[:, :, None]).sum(1)  # (n, 16)
+        maps = (word_maps(model, data.images, texts, gradient=gradient) * at[:, :, None]).sum(1)  # (n, P)
         total = maps.sum(1, keepdim=True)
         even = torch.full_like(maps, 1 / maps.shape[1])  # a map without any mass points nowhere
         share = torch.where(total > 0, maps / total.clamp(min=1e-30), even)
