@@ -2,6 +2,7 @@
 
 from minivlp.data.errors import DataError, DataWarning
 from minivlp.data.pairs import Batches, CaptionBatches, PairTensors, load_pairs, to_tensors
+from minivlp.data.patches import PatchCodes, hide_blocks
 from minivlp.data.text import Tokenizer, TokenTable, mask_words
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "DataError",
     "DataWarning",
     "PairTensors",
+    "PatchCodes",
     "TokenTable",
     "Tokenizer",
+    "hide_blocks",
     "load_pairs",
     "mask_words",
     "to_tensors",

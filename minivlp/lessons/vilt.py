@@ -400,7 +400,7 @@ def asked(split: str, n: int) -> Questions:
     )  # fmt: skip
 
 
-def answer_loss(model: ViLT, images: Tensor, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+def answer_loss(model: nn.Module, images: Tensor, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
     """Softmax cross-entropy over the known answers, from the pooled text class token."""
     return F.cross_entropy(model.answer_head(model(images, ids, mask, rows=1)[0]), answers)
 
@@ -412,7 +412,7 @@ def learn_to_answer(
     """Fine-tune a copy of `model` for questions; `blank` hides the pictures, which leaves the questions alone."""
     minivlp.seed_everything(seed)
     device = next(model.parameters()).device
-    tuned = ViLT(replace(model.config, answers=len(ANSWERS)))
+    tuned = type(model)(replace(model.config, answers=len(ANSWERS)))
     tuned.load_state_dict(model.state_dict(), strict=False)  # all but the new head
     data, q = pairs("train", recipe.train_size), asked("train", pages)
     order = Batches((torch.arange(len(q.rows)),), batch_size=2 * recipe.batch_size, seed=seed)

@@ -74,35 +74,40 @@ def padded_positions(table: Tensor, image_mask: Tensor) -> Tensor:
 class ViLTEmbeddings(nn.Module):
     """Words and patches in one row, marked by type (ViLT, eq. 1-3): what the transformer sees."""
 
-    def __init__(self, config: ViLTConfig) -> None:
+    def __init__(self, config: ViLTConfig, *, hide_patches: bool = False) -> None:
         super().__init__()
         c = config
         self.text = TextEmbeddings(c.vocab_size, c.max_text, c.width, dropout=c.dropout, eps=c.text_eps)
         self.image = ViTEmbeddings(c.image_config())
         self.types = nn.Embedding(c.modality_types, c.width) if c.modality_types else None
-        if c.patch_colours:
+        if hide_patches:
             self.mask_patch = nn.Parameter(torch.zeros(c.width))
 
-    def forward(
-        self, images: Tensor, ids: Tensor, *, image_mask: Tensor | None = None, hidden: Tensor | None = None
+    def read(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D), normalised before the type is added, which would otherwise be distorted."""
+        return self.text(ids) if self.types is None else self.text(ids) + self.types.weight[0]
+
+    def look(
+        self, images: Tensor, *, image_mask: Tensor | None = None, hidden: Tensor | None = None, kind: int = 1
     ) -> Tensor:
-        """images (B, C, H, W), ids (B, L) -> (B, L + 1 + N, D), text first.
+        """images (B, C, H, W) -> (B, 1 + N, D), not normalised. `kind` is the picture's row in the table of types.
 
         `image_mask` (B, H/P, W/P) marks the patches that a picture fills, `hidden` (B, N) those to be replaced by the
         learned `mask_patch`.
         """
-        text = self.text(ids)  # (B, L, D), normalised
         if image_mask is None and hidden is None:
-            image = self.image(images)  # (B, 1+N, D), not normalised
+            image = self.image(images)
         else:  # the same steps, with other positions or patches
             patches, table = self.image.patch_embed(images), self.image.pos_embed
             if hidden is not None:
                 patches = torch.where(hidden[..., None], self.mask_patch, patches)
             image = torch.cat([self.image.cls_token.expand(len(patches), -1, -1), patches], dim=1)
             image = self.image.dropout(image + (table if image_mask is None else padded_positions(table, image_mask)))
-        if self.types is not None:  # added after the text's LayerNorm, which would otherwise distort it
-            text, image = text + self.types.weight[0], image + self.types.weight[1]
-        return torch.cat([text, image], dim=1)
+        return image if self.types is None else image + self.types.weight[kind]
+
+    def forward(self, images: Tensor, ids: Tensor, **how: Tensor | None) -> Tensor:
+        """images (B, C, H, W), ids (B, L) -> (B, L + 1 + N, D), text first. `how` as in `look`."""
+        return torch.cat([self.read(ids), self.look(images, **how)], dim=1)
 
 
 def pair_mask(
@@ -128,7 +133,7 @@ class ViLT(nn.Module):
     def __init__(self, config: ViLTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.embed = ViLTEmbeddings(c)
+        self.embed = ViLTEmbeddings(c, hide_patches=c.patch_colours)
         self.encoder = Encoder(c.width, c.depth, c.heads, mlp_ratio=c.mlp_ratio, dropout=c.dropout, eps=c.eps)
         self.pooler = nn.Linear(c.width, c.width)
         self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
