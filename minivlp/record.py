@@ -164,8 +164,8 @@ def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scrat
     h, window = run.history, 20
     curves = {}
     for loss, values in h.losses.items():
-        joined = h.steps - len(values)  # a loss may join later than the others
-        steps = list(range(joined + window, h.steps + 1, window))
+        joined = h.began.get(loss, h.steps - len(values))  # a loss may join later than the others
+        steps = list(range(joined + window, joined + len(values) + 1, window))
         curves[loss] = {"steps": steps, "values": h.smooth(loss, window)}
     curves |= {metric: {"steps": h.metric_steps, "values": values} for metric, values in h.metrics.items()}
     for curve in curves.values():

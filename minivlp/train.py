@@ -50,6 +50,8 @@ class History:
     metric_steps: list[int] = field(default_factory=list)
     seconds: float = 0.0  # of training alone, metrics not counted
     stopped: str = ""  # why the run ended early, empty if it did not
+    # name of a loss -> the step before its first value, where that does not follow from the number of values
+    began: dict[str, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -13,7 +13,7 @@ from minivlp.data.errors import DataError
 def hide_blocks(
     B: int, grid: int, *, generator: torch.Generator, share: float = 0.4, smallest: int = 2, aspect: float = 0.3
 ) -> Tensor:
-    """Cover a `share` of each picture's grid * grid patches with rectangles (BEiT, algorithm 1): (B, N), True = covered.
+    """Cover a `share` of each picture's grid * grid patches in rectangles (BEiT, algorithm 1): (B, N), True = covered.
 
     A rectangle has `smallest` patches or more (BEiT: 16 of 196), as many as are still wanted at most, and its sides in
     a ratio between `aspect` and 1 / `aspect`. Neighbours vanish together, so that a patch cannot be guessed from the

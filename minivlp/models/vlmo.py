@@ -294,13 +294,11 @@ def start_from_vit(model: VLMo, vit: ViT) -> None:
         ours, theirs = getattr(needed, name), getattr(vit.config, name)
         if ours != theirs:
             raise ValueError(f"the ViT has {name}={theirs!r} where this VLMo needs {ours!r}: build both alike")
-    if model.config.attention == "separate":
-        raise ValueError("a ViT has one attention in each block: build the VLMo with attention='shared'")
     model.embed.image.load_state_dict(vit.embed.state_dict())
     model.norm.load_state_dict(vit.encoder.norm.state_dict())
     for ours, theirs in zip(model.blocks, vit.encoder.blocks, strict=True):
-        expert = ours.experts["image"]
-        for to, source in ((ours.norm1, theirs.norm1), (ours.attn, theirs.attn), (expert.norm, theirs.norm2),
+        expert, attn = ours.experts["image"], ours.attn.of["image"] if ours.separate else ours.attn
+        for to, source in ((ours.norm1, theirs.norm1), (attn, theirs.attn), (expert.norm, theirs.norm2),
                            (expert.mlp, theirs.mlp)):  # fmt: skip
             to.load_state_dict(source.state_dict())
         for scale in (ours.gamma_1, ours.gamma_2):
