@@ -158,8 +158,8 @@ class MoMEBlock(nn.Module):
         return h + (y if self.gamma_2 is None else self.gamma_2 * y), weights
 
 
-class VLMo(nn.Module):
-    """One stack of blocks that is an image encoder, a text encoder and a fusion encoder (paper, Fig. 1)."""
+class Multiway(nn.Module):
+    """What every use shares: words and patches, a stack of Multiway blocks, one last LayerNorm (paper, Fig. 1)."""
 
     def __init__(self, config: VLMoConfig) -> None:
         super().__init__()
@@ -168,19 +168,6 @@ class VLMo(nn.Module):
         self.blocks = nn.ModuleList(MoMEBlock(c, pair=i >= c.depth - c.pair_depth) for i in range(c.depth))
         self.norm = nn.LayerNorm(c.width, eps=c.eps)
         self.pooler = nn.Linear(c.width, c.width)
-        # ITC, and the second ITC of the official code, behind the last F blocks with VL-FFN: heads and scale of its own
-        for name in ("itc", "itc_vl")[: 1 + (c.pair_depth > 0)]:
-            for side in ("image", "text"):
-                setattr(self, f"{name}_{side}_proj", nn.Linear(c.width, c.width, bias=False))
-            scale = nn.Parameter(torch.tensor(1 / c.temperature).log())
-            setattr(self, {"itc": "logit_scale", "itc_vl": "logit_vl_scale"}[name], scale)
-        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
-        self.mlm_head = MLMHead(c.width, c.vocab_size, eps=c.text_eps)  # not tied to the word table (official code)
-        self.mim_head = nn.Linear(c.width, c.codes)
-        self.answer_head = answer_head(c.width, c.answers) if c.answers else None
-        init_normal(self, matrices=0.02 * (768 / c.width) ** 0.5)  # 0.02 is right for D = 768
-        for parameter in (self.embed.image.cls_token, self.embed.image.pos_embed, self.embed.mask_patch):
-            nn.init.normal_(parameter, std=0.02)
 
     def run(
         self, x: Tensor, along: Sequence[Route], *, start: int = 0, mask: Tensor | None = None,
@@ -188,13 +175,14 @@ class VLMo(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Rows x (B, T, D) through the blocks from number `start` on, as many as `along` has routes.
 
-        `rows` computes only the first tokens in the last block of all. `everything` adds "block_i" (B, T, D) and
-        "attention_i" (B, heads, T, T).
+        mask (B, T) is False at padding. `rows` computes only the first tokens in the last block of all. `everything`
+        adds "block_i" (B, T, D) and "attention_i" (B, heads, T, T).
         """
         named: dict[str, Tensor] = {}
         for i, route in enumerate(along, start):
             last = i == self.config.depth - 1
-            x, weights = self.blocks[i](x, route, mask=mask, rows=rows if last else None, need_weights=everything)
+            how = {"mask": key_mask(mask), "rows": rows if last else None, "need_weights": everything}
+            x, weights = self.blocks[i](x, route, **how)
             if everything:
                 named |= {f"block_{i}": x, f"attention_{i}": weights}
         return x, named
@@ -207,25 +195,42 @@ class VLMo(nn.Module):
     def text_states(self, ids: Tensor, mask: Tensor, *, rows: int | None = None) -> Tensor:
         """Texts alone: ids and mask (B, L) -> final states (B, rows or L, D)."""
         x = self.embed.read(ids)
-        return self.norm(self.run(x, routes(self.config, x.shape[1], 0), mask=key_mask(mask), rows=rows)[0])
+        return self.norm(self.run(x, routes(self.config, x.shape[1], 0), mask=mask, rows=rows)[0])
+
+
+class DualVLMo(Multiway):
+    """VLMo as two encoders whose vectors are compared (paper, 3.2): the blocks, with projections and scales for ITC.
+
+    The official code has a second ITC behind the last F blocks with VL-FFN, with projections and a scale of its own.
+    """
+
+    def __init__(self, config: VLMoConfig) -> None:
+        super().__init__(config)
+        for head, scale in (("itc", "logit_scale"), ("itc_vl", "logit_vl_scale"))[: 1 + (config.pair_depth > 0)]:
+            for side in ("image", "text"):
+                setattr(self, f"{head}_{side}_proj", nn.Linear(config.width, config.width, bias=False))
+            setattr(self, scale, nn.Parameter(torch.tensor(1 / config.temperature).log()))
 
     def towers(self, x: Tensor, name: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The class token of one modality (`name` "image" or "text") as ITC wants it: embedded x (B, T, D) and mask
-        (B, T) -> vectors of length 1 (B, D) named "itc" and, if there is a VL-FFN, "itc_vl", whose last F blocks use it
-        (official code)."""
+        (B, T) -> vectors of length 1 (B, D) named "itc" and, if there is a VL-FFN, "itc_vl"."""
         c, n = self.config, {"text": 0, "image": 0} | {name: x.shape[1]}
         low = c.depth - c.pair_depth
-        x, _ = self.run(x, routes(c, **n)[:low], mask=key_mask(mask), rows=1)
+        x, _ = self.run(x, routes(c, **n)[:low], mask=mask, rows=1)  # the lower blocks serve both
         vectors = {}
         for head in ("itc", "itc_vl")[: 1 + (c.pair_depth > 0)]:
-            y, _ = self.run(
-                x, routes(c, **n, pair_experts=head == "itc_vl")[low:], start=low, mask=key_mask(mask), rows=1
-            )
+            top = routes(c, **n, pair_experts=head == "itc_vl")[low:]
+            y, _ = self.run(x, top, start=low, mask=mask, rows=1)
             vectors[head] = F.normalize(getattr(self, f"{head}_{name}_proj")(self.norm(y[:, 0])).float(), dim=-1)
         return vectors
 
+    @property
+    def temp(self) -> Tensor:
+        """What the similarities of the first ITC are divided by, as in ALBEF."""
+        return torch.exp(-self.logit_scale)
+
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> vectors of length 1 (B, D), for the dual encoder."""
+        """images (B, C, H, W) -> vectors of length 1 (B, D)."""
         return F.normalize(self.itc_image_proj(self.image_states(images, rows=1)[:, 0]).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -233,47 +238,62 @@ class VLMo(nn.Module):
         states = self.text_states(ids, ids != self.config.pad_id, rows=1)
         return F.normalize(self.itc_text_proj(states[:, 0]).float(), dim=-1)
 
-    @property
-    def temp(self) -> Tensor:
-        """What the similarities of the first ITC are divided by, as ALBEF calls it."""
-        return torch.exp(-self.logit_scale)
+
+class VLMo(DualVLMo):
+    """... and as a fusion encoder, with heads for ITM, MLM, stage 1 and answers: all of VLMo (paper, Fig. 1)."""
+
+    def __init__(self, config: VLMoConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
+        self.mlm_head = MLMHead(c.width, c.vocab_size, eps=c.text_eps)  # not tied to the word table (official code)
+        self.mim_head = nn.Linear(c.width, c.codes)
+        self.answer_head = answer_head(c.width, c.answers) if c.answers else None
+        init_vlmo(self)
+
+    def fuse(
+        self,
+        text: Tensor,
+        image: Tensor,
+        mask: Tensor | None = None,
+        *,
+        rows: int | None = None,
+        everything: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embedded words (B, L, D) and pictures (B, 1+N, D) -> pooled (B, D) and, by name, the final states "text"
+        (B, L, D) and "image" (B, 1+N, D). mask (B, L) is about the words; `rows` and `everything` as in `run`."""
+        L, S = text.shape[1], image.shape[1]
+        mask = None if mask is None else F.pad(mask, (0, S), value=True)
+        along = routes(self.config, L, S)
+        x, named = self.run(torch.cat([text, image], dim=1), along, mask=mask, rows=rows, everything=everything)
+        states = self.norm(x)
+        return torch.tanh(self.pooler(states[:, 0])), named | {"text": states[:, :L], "image": states[:, L:]}
+
+    def forward(
+        self, images: Tensor, ids: Tensor, mask: Tensor | None = None, *, kind: int = 1, **how: object
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pairs: images (B, C, H, W), ids and mask (B, L) -> what `fuse` gives. `kind`: as in `ViLTEmbeddings.look`."""
+        return self.fuse(self.embed.read(ids), self.embed.look(images, kind=kind), mask, **how)
 
     def look(self, images: Tensor) -> Tensor:
-        """What `match` needs of each picture, once: (B, C, H, W) -> embedded tokens (B, 1+N, D). There is no more to be
-        had: in a single stream the words change every block's view of the picture."""
+        """What can be done once for each picture: (B, C, H, W) -> embedded tokens (B, 1+N, D), and no more."""
         return self.embed.look(images)
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What `match` needs of each text, once: ids (B, L) -> embedded words (B, L, D)."""
+        """What can be done once for each text: ids (B, L) -> embedded words (B, L, D)."""
         return self.embed.read(ids)
 
     def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """ITM: what `read` (B, L, D) and, for as many pictures, `look` (B, 1+N, D) gave -> scores (B, 2)."""
         return self.itm_head(self.fuse(text, image, mask, rows=1)[0])
 
-    def fuse(
-        self, text: Tensor, image: Tensor, mask: Tensor | None = None, *, rows: int | None = None,
-        everything: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Embedded words (B, L, D) and pictures (B, 1+N, D) -> pooled (B, D) and, by name, the final states "text"
-        (B, L, D) and "image" (B, 1+N, D). mask (B, L) is about the words; `rows` and `everything` as in `run`."""
-        x, L = torch.cat([text, image], dim=1), text.shape[1]
-        if mask is not None:
-            mask = key_mask(F.pad(mask, (0, image.shape[1]), value=True))
-        x, named = self.run(x, routes(self.config, L, image.shape[1]), mask=mask, rows=rows, everything=everything)
-        states = self.norm(x)
-        return torch.tanh(self.pooler(states[:, 0])), named | {"text": states[:, :L], "image": states[:, L:]}
 
-    def forward(
-        self, images: Tensor, ids: Tensor, text_mask: Tensor | None = None, *, rows: int | None = None,
-        everything: bool = False, kind: int = 1,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Pairs: images (B, C, H, W), ids (B, L) -> what `fuse` gives, as ViLT's forward does (lesson 02).
-
-        `kind` is the picture's row in the table of types, 2 for the second picture of a statement about two.
-        """
-        image = self.embed.look(images, kind=kind)
-        return self.fuse(self.embed.read(ids), image, text_mask, rows=rows, everything=everything)
+@torch.no_grad()
+def init_vlmo(model: VLMo) -> None:
+    """Matrices and tables N(0, 0.02) as in BERT, but the matrices wider spread: 0.02 is right for D = 768."""
+    init_normal(model, matrices=0.02 * (768 / model.config.width) ** 0.5)
+    for parameter in (model.embed.image.cls_token, model.embed.image.pos_embed, model.embed.mask_patch):
+        nn.init.normal_(parameter, std=0.02)
 
 
 def moves_in_stage_2(name: str) -> bool:
