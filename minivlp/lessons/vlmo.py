@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import minivlp
 from minivlp.bench import take_turns
 from minivlp.data import Batches, CaptionBatches, PairTensors, PatchCodes, TokenTable, hide_blocks, mask_words
+from minivlp.data.picturebook.describe import ANSWERS
 from minivlp.data.picturebook.statements import Statement, statements
-from minivlp.evaluate import attention_shares
+from minivlp.evaluate import accuracy, attention_shares, ridge_probe
 from minivlp.layers import count_parameters, patchify, to_float_pixels
 from minivlp.lessons import albef as lesson05
 from minivlp.lessons import clip as lesson03
@@ -138,19 +139,21 @@ def pages(recipe: Recipe, stage: str) -> PairTensors:
 
 
 @lru_cache(maxsize=2)
-def patch_codes(recipe: Recipe) -> PatchCodes:
-    """The codebook of stage 1, made of its first 2,000 pictures."""
+def _codebook(patch_size: int, codes: int, recipe: Recipe) -> PatchCodes:
     some = pages(recipe, "image").images[:2_000]
-    return PatchCodes.fit(
-        patchify(to_float_pixels(some), recipe.model.patch_size).flatten(0, 1), codes=recipe.model.codes
-    )
+    return PatchCodes.fit(patchify(to_float_pixels(some), patch_size).flatten(0, 1), codes=codes)
+
+
+def patch_codes(recipe: Recipe) -> PatchCodes:
+    """The codebook of stage 1, made of its first 2,000 pictures, once for all recipes with the same ones."""
+    same = replace(Recipe(), pairs=recipe.pairs, unpaired=recipe.unpaired)
+    return _codebook(recipe.model.patch_size, recipe.model.codes, same)
 
 
 def codes_of(recipe: Recipe, images: Tensor) -> Tensor:
     """The code of each patch: (M, C, H, W) -> (M, N)."""
-    codes = patch_codes(replace(Recipe(), **{name: getattr(recipe, name) for name in ("model", "pairs", "unpaired")}))
-    parts = images.split(500)
-    return torch.cat([codes(patchify(to_float_pixels(part), recipe.model.patch_size)) for part in parts])
+    codes = patch_codes(recipe)
+    return torch.cat([codes(patchify(to_float_pixels(p), recipe.model.patch_size)) for p in images.split(500)])
 
 
 class ImageBatches(CaptionBatches):
@@ -411,7 +414,8 @@ def measure(model: VLMo, recipe: Recipe) -> dict[str, float]:
         numbers |= lesson05.searches(model, n=100, k=8)
         found = lesson05.searches(model, n=1000, k=8, every=False)
         numbers |= {f"{name}, 1,000": value for name, value in found.items()}
-        numbers |= {"zero-shot kind": lesson03.zero_shot_kind(model, tier="normal", n=400)} | attention_of(model)
+        numbers |= {"zero-shot kind": lesson03.zero_shot_kind(model, tier="normal", n=400)}
+        numbers |= attention_of(model)
     return numbers
 
 
@@ -466,6 +470,28 @@ def picture_accuracy(model: VLMo, recipe: Recipe, *, n: int = 300) -> float:
         states_ = model.image_states(images.to(device), hidden=hidden.to(device))[:, 1:]
         guesses = model.mim_head(states_[hidden.to(device)]).argmax(-1).cpu()
     return (guesses == codes_of(recipe, images)[hidden]).float().mean().item()
+
+
+@torch.no_grad()
+def frozen_answers(model: VLMo, recipe: Recipe) -> dict[str, float]:
+    """Can a question be answered from two vectors? Accuracy on the test questions of least squares (`ridge_probe`) on
+    frozen states: the class tokens of picture and question side by side, (2 D), or the pair's pooled token, (D). Fitted
+    on the questions about the pages of stage 3."""
+    device = next(model.parameters()).device
+    features: dict[str, list[Tensor]] = {"two class tokens": [], "the pair's pooled token": []}
+    sets = asked("train", recipe.pairs), asked("test", 500)
+    with evaluating(model):
+        for q, images in zip(sets, (pages(recipe, "pairs").images, pairs("test", 500).images), strict=True):
+            apart, joint = [], []
+            for rows in torch.arange(len(q.rows)).split(500):
+                batch = images[q.rows[rows]].to(device), q.ids[rows].to(device), q.mask[rows].to(device)
+                joint.append(model(*batch, rows=1)[0].cpu())
+                one, other = model.image_states(batch[0], rows=1), model.text_states(*batch[1:], rows=1)
+                apart.append(torch.cat([one[:, 0], other[:, 0]], dim=1).cpu())
+            features["two class tokens"].append(torch.cat(apart))
+            features["the pair's pooled token"].append(torch.cat(joint))
+    return {f"answers from {name}": accuracy(ridge_probe(x, sets[0].answers, y, classes=len(ANSWERS), l2=0.01),
+                                             sets[1].answers) for name, (x, y) in features.items()}  # fmt: skip
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

@@ -252,14 +252,9 @@ class VLMo(DualVLMo):
         init_vlmo(self)
 
     def fuse(
-        self,
-        text: Tensor,
-        image: Tensor,
-        mask: Tensor | None = None,
-        *,
-        rows: int | None = None,
+        self, text: Tensor, image: Tensor, mask: Tensor | None = None, *, rows: int | None = None,
         everything: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Embedded words (B, L, D) and pictures (B, 1+N, D) -> pooled (B, D) and, by name, the final states "text"
         (B, L, D) and "image" (B, 1+N, D). mask (B, L) is about the words; `rows` and `everything` as in `run`."""
         L, S = text.shape[1], image.shape[1]
