@@ -49,7 +49,7 @@ class PatchCodes:
         self.centres = centres
 
     @classmethod
-    def fit(cls, patches: Tensor, *, codes: int = 128, rounds: int = 10, seed: int = 0) -> PatchCodes:
+    def fit(cls, patches: Tensor, *, codes: int = 128, rounds: int = 10, seed: int = 0):
         """patches (M, P*P*C), floats. Each round: every patch to its nearest centre, every centre to its patches' mean
         (Lloyd). It starts from patches drawn at random; a centre that loses all its patches stays where it is. Raises
         DataError if there are fewer patches than codes."""

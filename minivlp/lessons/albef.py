@@ -296,14 +296,15 @@ def word_scores(model: ALBEF, images: Tensor, ids: Tensor, mask: Tensor) -> Tens
 
 
 def states(model: ALBEF, images: Tensor, texts: Sequence[str], *, batch_size: int = 250) -> tuple[Tensor, ...]:
-    """What is computed once for each picture and each text, on the model's device: what its `look` (N, 1+P, D') and its
-    `read` (M, L, D) give, and the mask (M, L)."""
+    """What is computed once for each picture and each text, on the model's device: image states (N, 1+P, D'), text
+    states (M, L, D) and mask (M, L). A model whose encoders have other names than ALBEF's has `look` and `read`."""
     device = next(model.parameters()).device
+    look, read = (model.look, model.read) if hasattr(model, "look") else (model.vision, model.text.read)
     ids, mask = (t.to(device) for t in words().encode_batch(texts))
     with evaluating(model):
-        image = torch.cat([model.look(part.to(device)) for part in images.split(batch_size)])
+        image = torch.cat([look(part.to(device)) for part in images.split(batch_size)])
         parts = zip(ids.split(batch_size), mask.split(batch_size), strict=True)
-        return image, torch.cat([model.read(*part) for part in parts]), mask
+        return image, torch.cat([read(*part) for part in parts]), mask
 
 
 def matching(

@@ -456,7 +456,7 @@ def gradient_norms(model: VLMo, losses: dict[str, Tensor]) -> dict[str, dict[str
     return {name: {part: norm(loss, own) for part, own in parts_of(model).items()} for name, loss in losses.items()}
 
 
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+def changed_tensors(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """The names of the tensors that differ in any bit."""
     return [name for name, tensor in before.items() if not torch.equal(tensor.cpu(), after[name].cpu())]
 

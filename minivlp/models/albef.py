@@ -170,14 +170,6 @@ class ALBEF(nn.Module):
             nn.init.normal_(parameter, std=0.02)
         self.mlm_head.decoder.weight = self.text.embed.word.weight  # one table for reading and for guessing (BERT)
 
-    def look(self, images: Tensor) -> Tensor:
-        """What `match` needs of each picture, once: (B, C, H, W) -> states (B, 1+N, D')."""
-        return self.vision(images)
-
-    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What `match` needs of each text, once: ids and mask (B, L) -> states (B, L, D)."""
-        return self.text.read(ids, mask)
-
     def image_vector(self, states: Tensor) -> Tensor:
         """A picture's states (B, 1+N, D') -> the vector of its class token, of length 1, (B, E)."""
         return F.normalize(self.vision_proj(states[:, 0]).float(), dim=-1)
@@ -195,7 +187,7 @@ class ALBEF(nn.Module):
         return self.text_vector(self.text.read(ids, ids != self.config.pad_id))
 
     def match(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """ITM: what `read` (B, L, D) and, for as many pictures, `look` (B, 1+N, D') gave -> scores (B, 2)."""
+        """ITM: states of `text.read` (B, L, D) and of as many pictures (B, 1+N, D') -> scores (B, 2)."""
         fused, _ = self.text.fuse(states, mask, image, rows=1)
         return self.itm_head(fused[:, 0])
 
