@@ -19,7 +19,7 @@ from minivlp.bench import take_turns
 from minivlp.data import Batches, CaptionBatches, PairTensors, PatchCodes, TokenTable, hide_blocks, mask_words
 from minivlp.data.picturebook.describe import ANSWERS
 from minivlp.data.picturebook.statements import Statement, statements
-from minivlp.evaluate import accuracy, attention_shares, ridge_probe
+from minivlp.evaluate import attention_shares, ridge_probe
 from minivlp.layers import count_parameters, patchify, to_float_pixels
 from minivlp.lessons import albef as lesson05
 from minivlp.lessons import clip as lesson03
@@ -473,26 +473,29 @@ def picture_accuracy(model: VLMo, recipe: Recipe, *, n: int = 300) -> float:
     return (guesses == codes_of(recipe, images)[hidden]).float().mean().item()
 
 
-@torch.no_grad()
-def frozen_answers(model: VLMo, recipe: Recipe) -> dict[str, float]:
-    """Can a question be answered from two vectors? Accuracy on the test questions of least squares (`ridge_probe`) on
-    frozen states: the class tokens of picture and question side by side, (2 D), or the pair's pooled token, (D). Fitted
-    on the questions about the pages of stage 3."""
+def frozen_answers(model: VLMo, recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Can a question be answered from two vectors? What `ridge_probe` reads from frozen states: the question's class
+    token (D), the class tokens of picture and question side by side (2 D), or the pair's pooled token (D). Fitted on
+    the questions about the pages of stage 3 -> `answered_right` on the test questions, for each of the three."""
     device = next(model.parameters()).device
-    features: dict[str, list[Tensor]] = {"two class tokens": [], "the pair's pooled token": []}
-    sets = asked("train", recipe.pairs), asked("test", 500)
+    asked_of = asked("train", recipe.pairs), asked("test", 500)
+    features: dict[str, list[Tensor]] = {}
     with evaluating(model):
-        for q, images in zip(sets, (pages(recipe, "pairs").images, pairs("test", 500).images), strict=True):
-            apart, joint = [], []
+        for q, images in zip(asked_of, (pages(recipe, "pairs").images, pairs("test", 500).images), strict=True):
+            parts: dict[str, list[Tensor]] = {"the question alone": [], "two class tokens": [], "the pooled pair": []}
             for rows in torch.arange(len(q.rows)).split(500):
                 batch = images[q.rows[rows]].to(device), q.ids[rows].to(device), q.mask[rows].to(device)
-                joint.append(model(*batch, rows=1)[0].cpu())
-                one, other = model.image_states(batch[0], rows=1), model.text_states(*batch[1:], rows=1)
-                apart.append(torch.cat([one[:, 0], other[:, 0]], dim=1).cpu())
-            features["two class tokens"].append(torch.cat(apart))
-            features["the pair's pooled token"].append(torch.cat(joint))
-    return {f"answers from {name}": accuracy(ridge_probe(x, sets[0].answers, y, classes=len(ANSWERS), l2=0.01),
-                                             sets[1].answers) for name, (x, y) in features.items()}  # fmt: skip
+                picture, question = model.image_states(batch[0], rows=1), model.text_states(*batch[1:], rows=1)
+                apart = torch.cat([picture[:, 0], question[:, 0]], dim=1)
+                for name, states_ in zip(parts, (question[:, 0], apart, model(*batch, rows=1)[0]), strict=True):
+                    parts[name].append(states_.cpu())
+            for name, found in parts.items():
+                features.setdefault(name, []).append(torch.cat(found))
+    answers = {}
+    for name, (train, test) in features.items():
+        scores = ridge_probe(train, asked_of[0].answers, test, classes=len(ANSWERS), l2=0.01)
+        answers[name] = lesson02.answered_right(scores.argmax(-1), asked_of[1])
+    return answers
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
