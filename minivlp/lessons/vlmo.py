@@ -115,7 +115,11 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         "shared, wider": replace(SHORT, model=vlmo(pair_depth=0, mlp_ratio=5), before=("image", "text")),
     },
     "negatives": {"4 GPUs": replace(SHORT, gpus=4)},
-    "losses": {"ITC alone": replace(SHORT, itm=False, mlm=0.0)},
+    "losses": {
+        "ITC alone": replace(SHORT, itm=False, mlm=0.0),
+        "without ITM": replace(SHORT, itm=False),
+        "without MLM": replace(SHORT, mlm=0.0),
+    },
     "tuning": {"500 steps": replace(MAIN, tune=500, everything=False)},
     "layer scale": {"0.1": replace(SHORT, model=vlmo(layer_scale=0.1), before=("image", "text"))},
 }
