@@ -92,6 +92,19 @@ alt_text = {
     "student, 2 it gives vectors and scores of hidden words, 5 its vectors are pushed into the queue. At the right, "
     "with gradient: 3 the student's states. In the middle the losses: 4 ITC over the keys of batch and queue with soft "
     "targets, 6 ITM over 3 B pairs with wrong partners drawn by ITC's similarities, 7 MLM with soft targets.",
+    "vlmo_block": "One Multiway block from bottom to top. Shared by words and patches: LayerNorm, self-attention over "
+    "all tokens together, the layer scales gamma_1 and gamma_2. Between them each token goes to one of three experts, "
+    "each a LayerNorm and an MLP of its own: words to L-FFN, patches to V-FFN, and in the last F blocks all tokens of "
+    "a pair to VL-FFN. What it goes to depends on its kind and on the block alone. Two shortcuts go around.",
+    "vlmo_overview": "The same stack of blocks three times, side by side. As image encoder it reads [I_CLS] and the "
+    "patches, with V-FFN in every block; as text encoder [T_CLS] and the words, with L-FFN in every block; ITC "
+    "compares the two class tokens. As fusion encoder it reads words, then patches in one row: joint attention, L-FFN "
+    "for words and V-FFN for patches, and in the last F blocks VL-FFN for all. [T_CLS] goes to ITM, hidden words to "
+    "MLM.",
+    "vlmo_stages": "Three stages, each with the weights of the one before. Pictures alone: masked image modelling "
+    "trains patch embedding, attention and V-FFN. Texts alone: masked language modelling trains word embeddings, "
+    "L-FFN, the last LayerNorm and the MLM head; attention and V-FFN are frozen. Pairs: ITC, ITM and MLM train "
+    "everything, and VL-FFN for the first time.",
 }
 
 
@@ -1401,6 +1414,248 @@ def albef_step() -> Figure:
         c.arrow((x, 0.22), (x + 0.4, 0.22), dashed=dashed, colour=colour)
         c.note(x + 0.48, 0.22, text, size=8.5)
     c.note(5.6, 0.22, "Hatched: no gradient. Green: new here.", size=8.5, colour=QUIET)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VLMo
+
+EXPERTS = {"text": "L-FFN", "image": "V-FFN", "fused": "VL-FFN"}  # modality -> the paper's name of its expert
+
+
+def _ragged(c: Canvas, box: Box, labels: Sequence[str], modality: str) -> list[Box]:
+    """A row of tokens that fills `box`, each as wide as its word needs."""
+    needs = [text_width(label, SMALLEST) + 0.09 for label in labels]
+    more = (box.w - GAP * (len(labels) - 1) - sum(needs)) / len(labels)
+    starts = np.cumsum([box.x, *(need + more + GAP for need in needs)])
+    return [c.box(float(x), box.y, need + more, box.h, label, modality=modality, size=SMALLEST)
+            for x, label, need in zip(starts, labels, needs, strict=False)]  # fmt: skip
+
+
+def vlmo_block() -> Figure:
+    """One Multiway block (paper, Fig. 1, eq. 2-3): shared attention, then for each token the expert of its kind.
+
+    The third expert is drawn although only the last F blocks have it.
+    """
+    c = Canvas(WIDTH, 7.8)
+    left, w, gap = 0.62, 1.72, 0.3
+    places = [left + k * (w + gap) for k in range(3)]  # of L-FFN, V-FFN, VL-FFN
+    wide, third, notes = 2 * w + gap, places[2], places[2] + w + 0.17
+    middle = left + wide / 2  # the stream of tokens
+    around = wide / 2 - 0.12 + 0.25  # how far the shortcuts go around
+
+    def tokens(y: float) -> list[Box]:
+        """All tokens of a pair: words in the first expert's place, patches in the second's."""
+        halves = [Box(x, y, w, 0.28) for x in places[:2]]
+        _ragged(c, halves[0], ("[T_CLS]", "red", "house"), "text")
+        _ragged(c, halves[1], ("[I_CLS]", "1", "2", "…", "N"), "image")
+        return halves
+
+    # Shared: what treats every token alike.
+    stream = _bus(c, tokens(0.3), 0.76)
+    c.note(third, 0.44, "x: words, then patches; one of them may be missing", width=2.4, size=8.5)
+    below: Box | tuple[float, float] = (middle, stream.y)
+    for y, h, text, new in (
+        (1.2, 0.36, "LayerNorm", False), (1.78, 0.44, "self-attention: every token looks at every token", False),
+        (2.44, 0.36, "× γ₁, a number for each of the D", True),
+    ):  # fmt: skip
+        box = c.box(left, y, wide, h, text, shared=True, new=new, tag="", size=9.5)
+        c.tag(left + wide, y + h, "shared", colour=EDGES["neutral"])
+        c.arrow(below, box)
+        below = box
+    first = c.plus(middle, 3.12)
+    c.arrow(below, first)
+    c.arrow((middle, 0.94), first, start="left", end="left", bend=True, middle=around)
+    for y, text in (
+        (1.38, "the same weights, whatever a token is"), (2.0, "joint: here words and patches see each other"),
+        (2.62, "γ₁ and γ₂: layer scale, learned"),
+    ):  # fmt: skip
+        c.note(third, y, text, width=2.4, size=8.5)
+
+    # The switch: where a token goes is known before anything is computed.
+    c.arrow(first, (middle, 3.66), head=False)
+    states = tokens(3.74)
+    every = c.frame(left - 0.08, 3.66, wide + 0.16, 0.44)
+    experts = []
+    for x, (kind, name) in zip(places, EXPERTS.items(), strict=True):
+        c.frame(x - 0.08, 4.72, w + 0.16, 1.42, name, new=True)
+        norm = c.box(x, 4.86, w, 0.34, "LayerNorm", modality=kind, size=9.5)
+        mlp = c.box(x, 5.42, w, 0.42, "MLP, D → 4 D → D", modality=kind, size=9.5)
+        c.arrow(norm, mlp)
+        experts.append((norm, mlp))
+    for state, (norm, _), kind, name in zip(states, experts, ("text", "image"), ("words", "patches"), strict=False):
+        c.arrow((state.x + w / 2, every.y + every.h), norm, colour=EDGES[kind])
+        c.note(state.x + w / 2 + 0.08, 4.4, name, size=8.5, colour=EDGES[kind])
+    c.arrow(every, experts[2][0], start="right", end="bottom", bend=True, colour=EDGES["fused"])
+    c.note(third + w / 2 + 0.08, 4.4, "all of a pair", size=8.5, colour=EDGES["fused"])
+    c.note(third + w / 2 + 0.08, 3.88, "the switch is no gate: a token's kind and the block decide", width=2.4,
+           size=8.5, colour=NEW)  # fmt: skip
+    c.note(notes, 5.44, "last F blocks only; for pairs, instead of the other two", width=WIDTH - notes - 0.08,
+           size=8.5, colour=EDGES["fused"])  # fmt: skip
+
+    # Together again.
+    bus = _bus(c, [mlp for _, mlp in experts], 6.26)
+    scale = c.box(left, 6.44, wide, 0.36, "× γ₂", shared=True, new=True, tag="", size=9.5)
+    c.tag(left + wide, scale.y + scale.h, "shared", colour=EDGES["neutral"])
+    c.arrow((middle, bus.y), scale)
+    second = c.plus(middle, 7.08)
+    c.arrow(scale, second)
+    c.arrow((middle, 3.44), second, start="left", end="left", bend=True, middle=around)
+    c.arrow(second, (middle, 7.42))
+    tokens(7.42)
+    c.note(third, 6.62, "h = x + γ₁ · MSA(LN(x))\ny = h + γ₂ · FFN(LN(h))", size=8.5)
+    c.note(third, 7.56, "y: every token in its old place", size=8.5)
+    c.note(third, 7.08, "Green: in no earlier lesson.", size=8.5, colour=NEW)
+    return c.fig
+
+
+def vlmo_overview(image: Any = None, *, words: Sequence[str] = ("a", "red", "house")) -> Figure:
+    """The whole VLMo (paper, Fig. 1) in its three uses: the same blocks read a picture, a text, or a pair.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house. `words`: its caption in three words.
+    """
+    if len(words) != 3:
+        raise ValueError(f"words has {len(words)} entries: give the caption in three words, for example a red house")
+    c = Canvas(WIDTH, 8.25)
+    pixels = _example_picture() if image is None else picture(image)
+    labels = {"text": ["[T_CLS]", *map(str, words), "[SEP]"], "image": ["[I_CLS]", "1", "…", "N"]}
+    sizes, gap = {"text": 2.34, "image": 1.2}, 0.24
+    y_in, low, high, top, y_out, y_head, y_loss = 1.56, 2.12, 3.6, 5.14, 5.68, 6.46, 7.2
+
+    # The blocks lie on two bands, for they are the same in all three columns.
+    for y, name in ((low, "blocks below"), (high, "last F blocks")):
+        c.ax.add_patch(Rectangle((0.08, y), WIDTH - 0.16, 1.36, facecolor="#F5F5F5", edgecolor="none", zorder=0))
+        c.ax.text(0.23, y + 0.68, name, rotation=90, ha="center", va="center", fontsize=9, weight="bold")
+
+    x, columns = 0.42, []
+    for title, what, kinds in (
+        ("image encoder", "a picture alone", ("image",)), ("text encoder", "a text alone", ("text",)),
+        ("fusion encoder", "a pair: text before image, in one row", ("text", "image")),
+    ):  # fmt: skip
+        parts, at = {}, x  # kind -> what it takes of the column
+        for kind in kinds:
+            parts[kind] = Box(at, y_in, sizes[kind], 0.28)
+            at += sizes[kind] + GAP
+        whole = Box(x, y_in, at - GAP - x, 0.28)
+        c.note(x, 8.08, title, weight="bold", size=11)
+        c.note(x, 7.84, what, size=8.5, colour=QUIET)
+        every = "self-attention" + ": words and patches see each other" * (len(kinds) == 2)
+        attention = [c.box(x, y + 0.15, whole.w, 0.36, every, shared=True, size=9) for y in (low, high)]
+        norm = c.box(x, top, whole.w, 0.28, "LayerNorm", shared=True, size=8.5)
+        for kind, part in parts.items():
+            if kind == "image":
+                source = _patched(c, part.x + part.w / 2 - 0.38, 0.46, 0.76, pixels, 4)
+            else:
+                source = c.box(part.x, 0.68, part.w, 0.31, f"“{' '.join(map(str, words))}”", modality="text", size=9)
+                c.note(part.x, 1.28, "embedded as\nin lesson 02", size=8)
+            c.arrow(source, part)
+            for token in _ragged(c, part, labels[kind], kind):
+                c.arrow(token, attention[0])
+        for y, here, after in zip((low, high), attention, (attention[1], norm), strict=True):
+            together = len(kinds) == 2 and y == high
+            for kind, part in ({"fused": whole} if together else parts).items():
+                expert = c.box(part.x, y + 0.83, part.w, 0.36, EXPERTS[kind], modality=kind, shared=True, new=True,
+                               tag="", size=9.5)  # fmt: skip
+                c.arrow(here, expert)
+                c.arrow(expert, after)
+        states = []
+        for kind, part in parts.items():
+            look = "fused" if len(kinds) == 2 else kind
+            states += _ragged(c, Box(part.x, y_out, part.w, part.h), labels[kind], look)
+        for state in states:
+            c.arrow((state.x + state.w / 2, norm.y + norm.h), state)
+        columns.append((whole, states))
+        x = at - GAP + gap
+    for (whole, _), levels in zip(columns, ((), (low + 1.01,)), strict=False):
+        for y in (low + 0.33, high + 0.33, top + 0.14, *levels):
+            c.note(whole.x + whole.w + gap / 2, y, "=", ha="center", size=11, weight="bold")
+
+    # What is read, and the losses.
+    (pictured, image_states), (said, text_states), (paired, pair_states) = columns
+    itc = c.loss((pictured.x + said.x + 0.72) / 2 - 0.38, y_loss, 0.76, "ITC")
+    for whole, states, kind, side in ((pictured, image_states, "image", "left"), (said, text_states, "text", "right")):
+        unit = c.box(whole.x, y_head, 0.72, 0.46, "linear, length 1", modality=kind, size=8.5)
+        c.arrow((states[0].x + states[0].w / 2, y_out + 0.28), (states[0].x + states[0].w / 2, y_head))
+        c.arrow(unit, itc, start="top", end=side, bend=True)
+    second = "ITC compares class tokens. The official code has a second one, behind VL-FFN."
+    c.note(said.x + 0.84, y_head + 0.42, second, width=1.5, size=8.5)
+    x = paired.x
+    itm_head = c.box(x, y_head, 1.35, 0.46, "pooler, then\nlinear D → 2", modality="fused", size=9)
+    mlm_head = c.box(x + 1.55, y_head, 1.3, 0.46, "MLM head", modality="fused", size=9)
+    c.arrow(pair_states[0], itm_head)
+    bus = _bus(c, pair_states[1:4], y_out + 0.4)
+    c.arrow((x + 1.65, bus.y), (x + 1.65, y_head), "hidden words", side="right")
+    c.arrow(itm_head, c.loss(x, y_loss, 1.35, "ITM"), "(3 B, 2)", side="right")
+    c.arrow(mlm_head, c.loss(x + 1.55, y_loss, 1.3, "MLM"), "(M, V)", side="right")
+    c.note(0.1, 0.22, "Double outline, and =: what has one name at one height is the same module in all three columns. "
+           "The LayerNorms inside the blocks, γ and the shortcuts are left out. Green: in no earlier lesson.",
+           width=WIDTH - 0.2, size=8.5, colour=QUIET)  # fmt: skip
+    return c.fig
+
+
+def vlmo_stages(*, pictures: int = 9_500, sentences: int = 9_500, pairs: int = 1_000) -> Figure:
+    """VLMo's three stages (paper, 3.3; official code): pictures alone, texts alone, pairs; and what each trains.
+
+    The three numbers say how much data each stage has. The defaults are the course's own.
+    """
+    if wrong := {name: n for name, n in (("pictures", pictures), ("sentences", sentences), ("pairs", pairs)) if n < 1}:
+        raise ValueError(f"{next(iter(wrong))}={next(iter(wrong.values()))}: give the size of each stage, 1 or more")
+    c = Canvas(WIDTH, 6.15)
+    w, gap, room = 2.3, 0.44, 0.06
+    shown = [i for i in range(16) if i not in (5, 6, 7, 9, 10, 11)]  # 40 % of the patches are covered, in a block
+    half, third = (w - room) / 2, (w - 2 * room) / 3
+    parts = {  # name -> words, modality, and where it lies in a column
+        "words": ("word embeddings", "text", Box(0, 1.66, half, 0.44)),
+        "patches": ("patches, positions", "image", Box(half + room, 1.66, half, 0.44)),
+        "attention": ("self-attention, its LN, γ", "neutral", Box(0, 2.4, w, 0.4)),
+        **{name: (name, kind, Box(k * (third + room), 3.1, third, 0.4)) for k, (kind, name) in
+           enumerate(EXPERTS.items())},
+        "norm": ("last LayerNorm", "neutral", Box(0, 3.8, w, 0.3)),
+    }  # fmt: skip
+    models: list[Box] = []
+    for k, (title, data, task, works, frozen, head, losses) in enumerate((
+        ("1  pictures alone", f"{pictures:,} pictures, no texts", "Which code has each covered patch?",
+         ("patches", "attention", "V-FFN", "norm"), (), "MIM head", ("MIM",)),
+        ("2  texts alone", f"{sentences:,} texts, no pictures", "Which word is hidden?",
+         ("words", "attention", "L-FFN", "norm"), ("patches", "attention", "V-FFN"), "MLM head", ("MLM",)),
+        ("3  pairs", f"{pairs:,} pictures with texts", "Everything trains.", tuple(parts), (), "heads of the three",
+         ("ITC", "ITM", "MLM")),
+    )):  # fmt: skip
+        x = 0.2 + k * (w + gap)
+        c.note(x, 5.98, title, weight="bold", size=11)
+        c.note(x, 5.73, data)
+        c.note(x, 5.51, task, size=8.5, colour=QUIET)
+        place = {name: Box(x + at.x, at.y, at.w, at.h) for name, (_, _, at) in parts.items()}
+        for name, (text, kind, _) in parts.items():
+            box = place[name]
+            if name in works or name in frozen:
+                c.box(box.x, box.y, box.w, box.h, text, modality=kind, frozen=name in frozen, new=name == "VL-FFN",
+                      size=9)  # fmt: skip
+            else:
+                _hidden(c, box.x, box.y, box.w, box.h, "pale", text)
+        models.append(c.frame(x - 0.1, 1.56, w + 0.2, 2.64))
+        if "words" in works:
+            said = "a [MASK] house" if k == 1 else "a red house"
+            c.arrow(c.box(x, 0.82, half, 0.34, said, modality="text", size=9), place["words"])
+        if "patches" in works:
+            seen = _patched(c, x + half + room + half / 2 - 0.42, 0.42, 0.84, _example_picture(), 4,
+                            None if k else shown, "mask")  # fmt: skip
+            c.arrow(seen, place["patches"])
+        for name in works:
+            if name in ("words", "patches"):
+                c.arrow(place[name], place["attention"])
+            elif name in EXPERTS.values():
+                c.arrow(place["attention"], place[name])
+                c.arrow(place[name], place["norm"])
+        top = c.box(x, 4.4, w, 0.32, head, modality=("image", "text", "fused")[k], size=9)
+        c.arrow(place["norm"], top)
+        each = (w - room * (len(losses) - 1)) / len(losses)
+        for i, name in enumerate(losses):
+            c.arrow(top, c.loss(x + i * (each + room), 4.92, each, name))
+    for a, b in pairwise(models):
+        c.arrow(a, b)
+    c.note(0.1, 0.16, "Hatched: frozen. Dotted: takes no part. Level arrows: the weights go on. MIM: masked image "
+           "modelling, M where a patch is covered.", size=8.5, colour=QUIET)  # fmt: skip
     return c.fig
 
 

@@ -19,6 +19,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 WIDTH = 8.2  # inches; at 100 dots per inch, and with a notebook's margin around, the width of a notebook on GitHub
 BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -647,6 +648,95 @@ def cost_curve(
     return fig
 
 
+def growth_slope(sizes: Any, seconds: Any) -> float:
+    """How fast a cost grows: the slope of the straight line through its logarithms (least squares), so that `seconds`
+    (n,) grow like `sizes` (n,) to this power. Raises ValueError at fewer than two different sizes, or values <= 0."""
+    x, y = array(sizes, "sizes", ndim=1).astype(float), array(seconds, "seconds", ndim=1).astype(float)
+    _same_length(y, "seconds", len(x), "sizes")
+    if not all(np.isfinite(v).all() and (v > 0).all() for v in (x, y)):
+        raise ValueError("a logarithm needs finite numbers > 0: leave out the sizes that failed")
+    if len(set(x.tolist())) < 2:
+        raise ValueError(f"a slope needs two different sizes or more, not {sorted(set(x.tolist()))}")
+    x, y = np.log(x), np.log(y)
+    return float((x - x.mean()) @ (y - y.mean()) / ((x - x.mean()) @ (x - x.mean())))
+
+
+def growth(
+    sizes: Mapping[str, Any], seconds: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str | None = None
+) -> Figure:
+    """How costs grow with the size of a task, on logarithmic axes: measured points, and the straight line through each
+    series with its name and `growth_slope` at its end. A slope of 1 is linear, of 2 quadratic.
+
+    `sizes` and `seconds` map the same names to values (n,), all > 0. Series may have different sizes.
+    """
+    if not seconds:
+        raise ValueError("there is nothing to draw: seconds is empty")
+    if odd := sizes.keys() ^ seconds.keys():
+        raise ValueError(f"{sorted(odd)[0]!r} is not in both sizes and seconds: name the same series in each")
+    series = []  # label, points in log10 (2, n), the fitted line's two ends in log10 (2, 2)
+    for name, costs in seconds.items():
+        try:
+            slope = growth_slope(sizes[name], costs)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+        x, y = points = np.log10([array(v, name).astype(float) for v in (sizes[name], costs)])
+        at = np.array([x.min(), x.max()])
+        label = wrap(f"{name}: slope {slope:.1f}", 2.4, SMALL, "bold")
+        series.append((label, points, np.stack([at, y.mean() + slope * (at - x.mean())])))
+
+    # The axes end where the longest label does; labels that would lie on each other are pushed up, and the axes grow.
+    left, right, foot, edge, high = 0.9, 0.15, 0.55, 0.15, 2.9  # inches
+    low, bottom = (min(float(p[k].min()) for _, *lines in series for p in lines) for k in (0, 1))
+    tall = max(float(p[1].max()) for _, *lines in series for p in lines) - bottom
+    widths = [max(text_width(part, SMALL, "bold") for part in label.split("\n")) for label, *_ in series]
+    wide = WIDTH - left - right - edge
+    per_x = min((wide - 0.14 - w) / (line[0, 1] - low) for w, (*_, line) in zip(widths, series, strict=True))
+    per_y = (high - 2 * edge) / max(tall, 0.5)  # inches a decade
+    placed: list[tuple[float, float, float, float]] = []  # left, right, lower and upper end of each label, in inches
+    shifts = {}
+    for i in sorted(range(len(series)), key=lambda i: series[i][2][1, 1]):
+        label, _, line = series[i]
+        x, y = per_x * (line[0, 1] - low) + 0.1, per_y * (line[1, 1] - bottom)
+        h, start = text_height(label.count("\n") + 1, SMALL) + 0.03, y
+        for a, b, _, upper in sorted(placed, key=lambda box: box[2]):
+            if a < x + widths[i] and x < b and y - h / 2 < upper:
+                y = upper + h / 2
+        placed.append((x, x + widths[i], y - h / 2, y + h / 2))
+        shifts[i] = y - start
+    high = max(high, 2 * edge + max(upper for *_, upper in placed))
+
+    head = 0.35 if title else 0.12
+    fig = new_figure(WIDTH, foot + high + head, layout="none")
+    W, H = fig.get_size_inches()
+    ax = fig.add_axes((left / W, foot / H, (W - left - right) / W, high / H))
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=title or "",
+           xlim=10 ** (low + np.array([-edge, wide]) / per_x),
+           ylim=10 ** (bottom + np.array([-edge, high - edge]) / per_y))  # fmt: skip
+    for i, (label, points, line) in enumerate(series):
+        colour = CYCLE[i % len(CYCLE)]
+        ax.plot(*10**line, color=colour, linewidth=1.5)
+        ax.plot(*10**points, "os^Dv"[i % 5], color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.6)
+        ax.annotate(label, 10 ** line[:, 1], (7, 72 * shifts[i]), textcoords="offset points", va="center",
+                    fontsize=SMALL, weight="bold", color=[0.7 * v for v in to_rgb(colour)], linespacing=1.1,
+                    parse_math=False,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
+    ticks: list[float] = []
+    for x in sorted({float(v) for _, points, _ in series for v in 10 ** points[0]}):
+        room = 0.12 + sum(text_width(_plain(round(v, 6)), SMALL) for v in (x, *ticks[-1:])) / 2
+        if not ticks or per_x * np.log10(x / ticks[-1]) > room:  # rather leave numbers out than print one over another
+            ticks.append(x)
+    ax.set_xticks(ticks, [_plain(round(x, 6)) for x in ticks])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if per_y > 1.2 else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _plain(v)))
+    ax.minorticks_off()
+    return fig
+
+
+def _spread(n: int, reach: float) -> np.ndarray:
+    """Where the dots of n seeds stand beside the middle of their bar."""
+    return np.linspace(-reach, reach, n) if n > 1 else np.zeros(1)
+
+
 def ablation_bars(
     groups: Mapping[str, Sequence[float]], *, ylabel: str, chance: float | None = None, title: str | None = None,
     paper: Mapping[str, float] | None = None, start: float = 0.0, digits: int = 3,
@@ -680,7 +770,7 @@ def ablation_bars(
     draw(places, **{length: means - start, "left" if flat else "bottom": start, "height" if flat else "width": 0.62},
          color=SKY, alpha=0.75, **error, error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3})  # fmt: skip
     for i, (label, v) in enumerate(values.items()):
-        spread = i + (np.linspace(-0.2, 0.2, len(v)) if len(v) > 1 else np.zeros(1))
+        spread = i + _spread(len(v), 0.2)
         xy = (v, spread) if flat else (spread, v)
         ax.plot(*xy, "o", color=BLUE, markersize=4.5, markeredgecolor="white", markeredgewidth=0.6,
                 zorder=3, label="one seed (numbers: mean ± standard deviation)" if i == 0 else None)  # fmt: skip
@@ -715,6 +805,68 @@ def ablation_bars(
     if handles:
         fig.legend(handles, labels, loc="outside lower right", ncols=2)
     ax.set_title(title or "", pad=18 if flat and chance is not None else 6)
+    return fig
+
+
+def grouped_bars(
+    table: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, chance: float | None = None,
+    title: str | None = None, digits: int = 3,
+) -> Figure:  # fmt: skip
+    """Bars in groups, one colour a series: the mean over seeds, its standard deviation as a whisker, every seed as a
+    dot; the mean is printed where there is room.
+
+    `table` maps a group (along the axis) to its series, such as {"nothing": {"R@1": [0.1, 0.2]}}: one value a seed. A
+    group need not have all series. For a single series there is `ablation_bars`.
+    """
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    if not names or not all(table.values()):
+        raise ValueError("there is nothing to draw: give at least one group, and each group at least one series")
+    values = {}
+    for g, (group, row) in enumerate(table.items()):
+        for name, seeds in row.items():
+            values[g, name] = v = array(seeds, f"table[{group!r}][{name!r}]", ndim=1).astype(float)
+            if not len(v) or not np.isfinite(v).all():
+                raise ValueError(f"table[{group!r}][{name!r}] must be finite numbers, one a seed, at least one")
+    slot, width = (WIDTH - 0.9) / len(table), 0.84 / len(names)
+    heads = [wrap(group, slot - 0.12, SMALL) for group in table]
+    keys = len(names) + 1 + (chance is not None)
+    fig = new_figure(WIDTH, 3.3 + text_height(max(head.count("\n") for head in heads), SMALL) + 0.2 * -(-keys // 2))
+    ax = fig.add_subplot()
+    tops, lows, handles, several = [], [0.0], {}, None
+    for i, name in enumerate(names):
+        colour = CYCLE[i % len(CYCLE)]
+        for g in range(len(table)):
+            if (g, name) not in values:
+                continue
+            v, x = values[g, name], g + (i - (len(names) - 1) / 2) * width
+            mean, std = v.mean(), v.std(ddof=1) if len(v) > 1 else 0.0
+            bar = ax.bar(x, mean, 0.92 * width, color=colour, alpha=0.5, yerr=std or None,
+                         error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3})  # fmt: skip
+            handles.setdefault(wrap(name, 3.2, SMALL), bar)
+            (dots,) = ax.plot(x + _spread(len(v), 0.3 * width), v, "o", color=colour, markersize=4.5, zorder=3,
+                              markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+            several = several or (dots if len(v) > 1 else None)
+            tops.append(max(mean + std, v.max(), 0.0))
+            lows.append(min(mean - std, v.min()))
+            number = f"{mean:.{digits}f}"
+            if text_width(number, SMALL) + 0.05 < slot * width:
+                ax.annotate(number, (x, tops[-1]), (0, 5), textcoords="offset points", ha="center", va="bottom",
+                            fontsize=SMALL, zorder=4,
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+    top, low = max(*tops, chance or 0.0), min(lows)
+    if several:
+        handles["one seed (whiskers: standard deviation)"] = several
+    if chance is not None:  # in the legend, for at the line it could hide a bar's number
+        handles[f"chance {chance:.{digits}g}"] = ax.axhline(chance, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2,
+                                                            zorder=1.5)  # fmt: skip
+    if low < 0:
+        ax.axhline(0, color=QUIET, linewidth=0.8)
+    ax.set_xticks(range(len(table)), heads, parse_math=False)
+    ax.set(xlim=(-0.55, len(table) - 0.45), ylim=(1.05 * low, top + 0.12 * (top - low)), ylabel=ylabel,
+           title=title or "")  # fmt: skip
+    ax.grid(False, axis="x")
+    ax.tick_params(axis="x", length=0)
+    fig.legend([*handles.values()], [*handles], loc="outside lower right", ncols=2)
     return fig
 
 
@@ -794,9 +946,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def two_clouds(
-    panels: Mapping[str, Mapping[str, Any]], *, lines: int = 0, title: str | None = None
-) -> Figure:
+def two_clouds(panels: Mapping[str, Mapping[str, Any]], *, lines: int = 0, title: str | None = None) -> Figure:
     """Where two kinds of vectors lie, in panels side by side, for instance before and after training.
 
     `panels` maps a panel's title to its clouds, name -> points (N, 2), projected by the caller: the same names in each,

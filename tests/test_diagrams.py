@@ -17,6 +17,8 @@ from matplotlib.transforms import Bbox
 
 from minivlp import diagrams
 from minivlp.diagrams import Canvas
+from minivlp.lessons.vlmo import MAIN
+from minivlp.models.vlmo import moves_in_stage_2
 from minivlp.plots import use_style
 
 
@@ -85,6 +87,13 @@ DRAWINGS = {
     ),
     "albef_modes": diagrams.albef_modes,
     "albef_step": diagrams.albef_step,
+    "vlmo_block": diagrams.vlmo_block,
+    "vlmo_overview": diagrams.vlmo_overview,
+    "vlmo_overview words": lambda: diagrams.vlmo_overview(
+        np.zeros((3, 32, 64), np.uint8), words=("a", "white", "umbrella")
+    ),
+    "vlmo_stages": diagrams.vlmo_stages,
+    "vlmo_stages large": lambda: diagrams.vlmo_stages(pictures=14_000_000, sentences=800_000_000, pairs=10_000_000),
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -446,8 +455,11 @@ def test_albef_marks_what_no_earlier_lesson_has():
     assert [" ".join(text.split()) for text in boxes(fig, new=True)] == [
         "the teacher: a twin of all of this without ITM", "batch: B", "queue: Q earlier pairs", "ITC"
     ]  # fmt: skip
-    frames = [p.get_window_extent() for p in fig.findobj(FancyBboxPatch)
-              if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)]
+    frames = [
+        p.get_window_extent()
+        for p in fig.findobj(FancyBboxPatch)
+        if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)
+    ]
     (frame,) = frames
     inside = {name.split(":")[0].split(",")[0] for name, found in placed(fig).items() if _contains(frame, found[0])}
     assert inside == {"self-attention", "cross-attention", "MLP"}
@@ -503,6 +515,119 @@ def test_the_seven_parts_of_a_step_stand_in_order_and_gradients_reach_the_studen
     frozen = {a.get_gid() for a, b in itertools.pairwise(every) if b.get_hatch()}
     hatched = {" ".join(t.get_text().split()) for t in words(fig) if t.get_gid() in frozen}
     assert hatched == teacher | {"⑥ draw wrong partners"}
+
+
+def is_filled(patch: FancyBboxPatch, kind: str) -> bool:
+    return to_rgb(patch.get_facecolor()[:3]) == to_rgb(diagrams.FILLS[kind])
+
+
+def columns(fig: Figure, titles: list[str]) -> list[dict[str, list[Bbox]]]:
+    """`placed`, for each column that begins below one of the titles."""
+    lefts = [extent(t).x0 for title in titles for t in words(fig) if " ".join(t.get_text().split()) == title]
+    assert len(lefts) == len(titles) and lefts == sorted(lefts)
+    found: list[dict[str, list[Bbox]]] = [{} for _ in titles]
+    for name, every in placed(fig).items():
+        for box in every:
+            found[sum(box.x1 > left for left in lefts) - 1].setdefault(name, []).append(box)
+    return found
+
+
+def test_a_multiway_block_shares_all_but_three_experts_which_own_their_layer_norm():
+    fig = diagrams.vlmo_block()
+    shared = ["LayerNorm", "self-attention: every token looks at every token", "× γ₁, a number for each of the D",
+              "× γ₂"]  # fmt: skip
+    assert [" ".join(text.split()) for text in boxes(fig, shared=True)] == shared
+    assert [" ".join(text.split()) for text in boxes(fig, new=True)] == shared[2:]
+    texts = [t for t in words(fig)]
+    assert [t.get_text() for t in texts].count("shared") == len(shared)
+    shapes = [p for p in fig.findobj(FancyBboxPatch) if p.get_gid()]
+    frames = [
+        p.get_window_extent()
+        for p in fig.findobj(FancyBboxPatch)
+        if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)
+    ]
+    frames = sorted(frames, key=lambda b: b.x0)
+    arrows = {to_rgb(line.get_color()): line.get_transform().transform(line.get_xydata())
+              for line in fig.findobj(Line2D) if line.get_gid() == "arrow"}  # fmt: skip
+    for frame, kind, name in zip(frames, ("text", "image", "fused"), ("L-FFN", "V-FFN", "VL-FFN"), strict=True):
+        inside = {t.get_text() for t in texts if _contains(frame, extent(t))}
+        assert inside == {name, "LayerNorm", "MLP, D → 4 D → D"}
+        assert all(is_filled(p, kind) for p in shapes if _contains(frame, p.get_window_extent()))
+        route = arrows[to_rgb(diagrams.EDGES[kind])]  # from the tokens to the expert of their kind
+        assert frame.x0 < route[-1][0] < frame.x1 and frame.y0 < route[-1][1] < frame.y1
+        tokens = [p.get_window_extent() for p in shapes if is_filled(p, kind) and p.get_window_extent().y1 < frame.y0]
+        row = [box for box in tokens if abs(box.y1 - route[0][1]) < 20]
+        if kind != "fused":
+            assert min(b.x0 for b in row) < route[0][0] < max(b.x1 for b in row)
+    (last,) = [t for t in texts if t.get_text().startswith("last F blocks only")]
+    assert extent(last).x0 > frames[2].x1 and frames[2].y0 < extent(last).y0 < frames[2].y1
+
+
+def test_vlmo_is_one_stack_used_three_times():
+    fig = diagrams.vlmo_overview()
+    bands = sorted((p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND),
+                   key=lambda b: b.y0)  # fmt: skip
+    titles = ["image encoder", "text encoder", "fusion encoder"]
+    used = []
+    for column in columns(fig, titles):
+        for band in bands:
+            inside = [(box.x0, name.split(":")[0]) for name, found in column.items() for box in found
+                      if _contains(band, box)]  # fmt: skip
+            used.append([name for _, name in sorted(inside) if name != "self-attention"])
+            assert len(inside) == len(used[-1]) + 1  # one attention over all of the row
+    assert used == [["V-FFN"], ["V-FFN"], ["L-FFN"], ["L-FFN"], ["L-FFN", "V-FFN"], ["VL-FFN"]]
+    assert sorted(boxes(fig, new=True)) == sorted(itertools.chain(*used))
+    shared = [text.split(":")[0] for text in boxes(fig, shared=True)]
+    assert sorted(shared) == sorted([*itertools.chain(*used), *["self-attention"] * 6, *["LayerNorm"] * 3])
+
+    every = [(name.split(":")[0], box) for name, found in placed(fig).items() for box in found]
+    equal = [extent(t) for t in words(fig) if t.get_text() == "="]
+    assert len(equal) == 7
+    for mark in equal:  # whatever it stands between is the same
+        level = [(box, name) for name, box in every if box.y0 < (mark.y0 + mark.y1) / 2 < box.y1]
+        left = max((pair for pair in level if pair[0].x1 < mark.x0), key=lambda pair: pair[0].x1)
+        right = min((pair for pair in level if pair[0].x0 > mark.x1), key=lambda pair: pair[0].x0)
+        assert left[1] == right[1]
+
+
+def test_vlmo_compares_class_tokens_and_reads_pairs_text_first():
+    fig = diagrams.vlmo_overview(words=("all", "is", "red"))
+    assert {("[I_CLS]", "linear, length 1"), ("[T_CLS]", "linear, length 1"), ("linear, length 1", "ITC"),
+            ("[T_CLS]", "pooler, then linear D → 2"), ("pooler, then linear D → 2", "ITM"),
+            ("MLM head", "MLM")} <= joined(fig)  # fmt: skip
+    image, text, pair = columns(fig, ["image encoder", "text encoder", "fusion encoder"])
+    assert {"ITC"} == {name for name in ("ITC", "ITM", "MLM") if name in image | text}
+    assert {"ITM", "MLM"} <= set(pair) and "ITC" not in pair
+    row = ["[T_CLS]", "all", "is", "red", "[SEP]", "[I_CLS]", "1", "…", "N"]
+    for k in range(2):  # on the way in, and as final states
+        assert sorted(row, key=lambda name: sorted(pair[name], key=lambda b: b.y0)[k].x0) == row
+    assert "[T_CLS]" not in image and "[I_CLS]" not in text
+    assert [t.get_text() for t in words(fig)].count("“all is red”") == 2
+
+
+def test_the_stages_freeze_what_the_code_freezes_and_name_the_courses_data():
+    fig = diagrams.vlmo_stages()
+    titles = ["1 pictures alone", "2 texts alone", "3 pairs"]
+    works = columns(fig, titles)
+    parts = {"word embeddings": "embed.text.", "patches, positions": "embed.image.", "last LayerNorm": "norm.",
+             "self-attention, its LN, γ": "blocks.0.attn.", "L-FFN": "blocks.0.experts.text.",
+             "V-FFN": "blocks.0.experts.image.", "VL-FFN": "blocks.3.experts.pair."}  # fmt: skip
+    idle = [{name for name in parts if name not in column} for column in works]
+    assert idle == [{"word embeddings", "L-FFN", "VL-FFN"}, {"VL-FFN"}, set()]
+    shapes = fig.findobj(FancyBboxPatch)
+    hatched = {a.get_gid() for a, b in itertools.pairwise(shapes) if b.get_hatch()}
+    frozen = {" ".join(t.get_text().split()): t for t in words(fig) if t.get_gid() in hatched}
+    assert set(frozen) == {name for name in set(parts) - idle[1] if not moves_in_stage_2(parts[name])}
+    assert all(any(_contains(box, extent(t)) for box in works[1][name]) for name, t in frozen.items())
+    assert [{name for name in column if name in ("MIM", "ITC", "ITM", "MLM")} for column in works] == [
+        {"MIM"}, {"MLM"}, {"ITC", "ITM", "MLM"}
+    ]  # fmt: skip
+    assert boxes(fig, new=True) == ["VL-FFN"] and len(works[2]["VL-FFN"]) == 1
+    texts = {t.get_text() for t in words(fig)}
+    assert {f"{MAIN.unpaired:,} pictures, no texts", f"{MAIN.unpaired:,} texts, no pictures",
+            f"{MAIN.pairs:,} pictures with texts"} <= texts  # fmt: skip
+    others = {t.get_text() for t in words(diagrams.vlmo_stages(pictures=11, sentences=2_222, pairs=3))}
+    assert {"11 pictures, no texts", "2,222 texts, no pictures", "3 pictures with texts"} <= others
 
 
 STRONG = to_rgb(diagrams.STRONG["fused"])
@@ -611,6 +736,9 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.flip_overview(keep=[[1, 2]]), "keep must have 1 dimensions"),
         (lambda: diagrams.albef_overview(words=("house",)), "three words"),
         (lambda: diagrams.albef_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
+        (lambda: diagrams.vlmo_overview(words=("house",)), "three words"),
+        (lambda: diagrams.vlmo_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
+        (lambda: diagrams.vlmo_stages(sentences=0), "sentences=0: give the size of each stage"),
         (lambda: diagrams.clip_matrix(1), "choose n from 2 to 8"),
         (lambda: diagrams.clip_matrix(9), "choose n from 2 to 8"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),

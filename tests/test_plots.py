@@ -52,6 +52,10 @@ PANELS = {
     "20 % of the captions exchanged": {k: (EPOCHS, RNG.random((3, 3))) for k in ("B", "A, fit", "B, fit")},
     "40 %": {k: (EPOCHS, RNG.random((3, 3))) for k in ("A", "B", "A, fit", "B, fit")},
 }
+GALLERIES = {"fusion": [8, 16, 32, 64], "dual": [64, 128, 256, 512, 1000]}
+SECONDS = {"fusion": [0.02, 0.07, 0.26, 1.1], "dual": [0.09, 0.11, 0.25, 0.43, 0.9]}
+STARTS = {start: seeds(["pictures found", "statements about two pictures"], 3)
+          for start in ("nothing", "image", "text", "image + text")}  # fmt: skip
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
     "pictures": lambda: plots.picture_grid(
@@ -108,6 +112,20 @@ PLOTS = {
     "bars, long labels": lambda: plots.ablation_bars(seeds([*ARMS, LONG]), ylabel="accuracy", chance=1 / 12, title="t"),
     "bars, many": lambda: plots.ablation_bars(seeds(KINDS, 3), ylabel="accuracy", chance=0.08, title="t", start=0.5),
     "bars, one seed": lambda: plots.ablation_bars(seeds(["a", "b"], 1), ylabel="accuracy", start=0.5),
+    "grouped": lambda: plots.grouped_bars(STARTS, ylabel="accuracy", chance=0.5, title="t"),
+    "grouped, many": lambda: plots.grouped_bars(
+        {k: seeds(["a", "b", "c", LONG]) for k in [*KINDS[:6], LONG]}, ylabel="accuracy", chance=0.001
+    ),
+    "grouped, one seed": lambda: plots.grouped_bars({"$a_b$": {"a": [0.5]}, "d": {"b": [-0.2]}}, ylabel="gain"),
+    "growth": lambda: plots.growth(GALLERIES, SECONDS, xlabel="pictures", ylabel="seconds", title="t"),
+    "growth, alike": lambda: plots.growth(
+        {k: torch.tensor([1, 2, 3, 4, 5]) for k in ("$a_b$", LONG, "c", LONG + "!")},
+        {k: [0.5, 1, 1.5, 2 + 0.01 * i, 2.5] for i, k in enumerate(("$a_b$", LONG, "c", LONG + "!"))},
+        xlabel="n",
+        ylabel="seconds",
+    ),
+    "growth, flat": lambda: plots.growth({"a": [1, 1_000_000]}, {"a": [3, 3]}, xlabel="n", ylabel="seconds"),
+    "growth, steep": lambda: plots.growth({"a": [10, 11]}, {"a": [1e-5, 1e5]}, xlabel="n", ylabel="seconds"),
     "similarity": lambda: plots.similarity_matrix(RNG.normal(size=(4, 4)), CAPTIONS[:4], CAPTIONS[:4], title=LONG),
     "similarity, 16": lambda: plots.similarity_matrix(RNG.normal(size=(16, 16)), CAPTIONS[:16], CAPTIONS[:16]),
     "similarity, 64": lambda: plots.similarity_matrix(torch.randn(64, 64).bfloat16(), range(64), range(64), title="t"),
@@ -140,8 +158,11 @@ PLOTS = {
         ["$1 or $2 of a_b"] * 2, [Image.new("RGB", (40, 20)), Image.new("RGB", (20, 40))], [[0, 1], [1, 0]]
     ),
     "partners": lambda: plots.partner_pictures(
-        PICTURES, [0, 1, 2], {"any": [3, 4, 5], "drawn by similarity": torch.tensor([6, 7, 8]), LONG: [9, 9, 9]},
-        CAPTIONS, title=LONG * 2,
+        PICTURES,
+        [0, 1, 2],
+        {"any": [3, 4, 5], "drawn by similarity": torch.tensor([6, 7, 8]), LONG: [9, 9, 9]},
+        CAPTIONS,
+        title=LONG * 2,
     ),
     "partners, one": lambda: plots.partner_pictures(PICTURES, [0], {"any": [1]}, [LONG * 3] * 24, page="$a_b$"),
     "word maps": lambda: plots.word_maps_on_pictures(
@@ -357,6 +378,73 @@ def test_a_cut_axis_says_so_and_long_labels_lie_flat():
     assert "starts at 0.8" in cut.axes[0].get_ylabel() and cut.axes[0].get_ylim()[0] == 0.8
     flat = plots.ablation_bars(seeds([LONG, LONG + "!", "short", "d", "e"]), ylabel="accuracy")
     assert flat.axes[0].get_xlabel() == "accuracy" and flat.axes[0].get_ylim()[0] > flat.axes[0].get_ylim()[1]
+
+
+def test_grouped_bars_are_means_and_each_seed_is_a_dot_on_its_own_bar():
+    table = {"nothing": {"found": [0.1, 0.2, 0.3], "told": [0.6, 0.5]}, "image": {"told": [0.7]}}
+    fig = plots.grouped_bars(table, ylabel="accuracy", chance=0.5)
+    (ax,) = fig.axes
+    bars = [bar for group in ax.containers for bar in group if isinstance(bar, Rectangle)]
+    assert [bar.get_height() for bar in bars] == pytest.approx([0.2, 0.55, 0.7])
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars]
+    assert -0.5 < spans[0][0] < spans[0][1] < spans[1][0] < spans[1][1] < 0.5 < spans[2][0]
+    assert spans[2][0] - 1 == pytest.approx(spans[1][0])  # a place is kept for what a group lacks
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    for line, (left, right), values in zip(dots, spans, ([0.1, 0.2, 0.3], [0.6, 0.5], [0.7]), strict=True):
+        assert list(line.get_ydata()) == values
+        assert len({*line.get_xdata()}) == len(values) and left < min(line.get_xdata()) <= max(line.get_xdata()) < right
+    assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [plots.BLUE, plots.VERMILLION, plots.VERMILLION]
+    whiskers = [bar.errorbar for bar in ax.containers if getattr(bar, "errorbar", None)]
+    reach = [np.ptp(whisker[2][0].get_segments()[0][:, 1]) / 2 for whisker in whiskers]
+    assert reach == pytest.approx([np.std(v, ddof=1) for v in ([0.1, 0.2, 0.3], [0.6, 0.5])])
+    legend = ["found", "told", "one seed (whiskers: standard deviation)", "chance 0.5"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == legend
+    assert {"0.200", "0.550", "0.700", "nothing", "image"} <= {t.get_text() for t in words(fig)}
+
+
+def test_bars_of_gains_and_losses_leave_zero_in_both_directions_and_few_have_room_for_numbers():
+    fig = plots.grouped_bars({"a": {"b": [0.1]}, "c": {"b": [-0.3]}}, ylabel="gain")
+    low, high = fig.axes[0].get_ylim()
+    assert low < -0.3 and high > 0.1
+    assert "one seed" not in " ".join(t.get_text() for t in words(fig))
+    full = plots.grouped_bars({k: seeds(["a", "b", "c", "d", "e"]) for k in KINDS}, ylabel="accuracy")
+    assert not full.axes[0].texts
+
+
+def test_a_slope_is_the_exponent_of_a_power_and_fitted_by_least_squares():
+    n = np.array([8, 16, 32, 64])
+    assert plots.growth_slope(n, 3e-4 * n**2) == pytest.approx(2)
+    assert plots.growth_slope(torch.from_numpy(n), [5.0] * 4) == pytest.approx(0)
+    sizes, seconds = GALLERIES["dual"], SECONDS["dual"]
+    fitted = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+    assert plots.growth_slope(sizes, seconds) == pytest.approx(fitted)
+    ends = np.log(seconds[-1] / seconds[0]) / np.log(sizes[-1] / sizes[0])
+    assert fitted != pytest.approx(ends, rel=1e-3)  # else this test could not tell the two apart
+
+
+def test_growth_names_each_line_and_its_slope_at_its_end():
+    fig = plots.growth(GALLERIES, SECONDS, xlabel="pictures", ylabel="seconds")
+    (ax,) = fig.axes
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    texts = {t.get_text() for t in words(fig)}  # drawn: a label knows its place from then on
+    lines, points = ([line for line in ax.lines if (line.get_marker() == "None") == fit] for fit in (True, False))
+    labels = {t.get_text().split(":")[0]: t for t in ax.texts}
+    for name, line, dots in zip(GALLERIES, lines, points, strict=True):
+        np.testing.assert_allclose(dots.get_xydata(), np.stack([GALLERIES[name], SECONDS[name]], 1))
+        slope = plots.growth_slope(GALLERIES[name], SECONDS[name])
+        assert labels[name].get_text() == f"{name}: slope {slope:.1f}"
+        (x0, y0), (x1, y1) = np.log(line.get_xydata())
+        assert (y1 - y0) / (x1 - x0) == pytest.approx(slope)
+        off = np.log(SECONDS[name]) - y0 - slope * (np.log(GALLERIES[name]) - x0)
+        assert off.sum() == pytest.approx(0, abs=1e-9)  # the line goes through the middle of its points
+        end, box = line.get_transform().transform(line.get_xydata())[-1], Text.get_window_extent(labels[name])
+        assert 0 < box.x0 - end[0] < 15 and box.y0 < end[1] < box.y1
+        assert line.get_color() == dots.get_color()
+    assert {"8", "64", "1,000", "0.1", "1"} <= texts
+    ends = {"a": 12, "b": 10, "c": 11}
+    high = plots.growth({k: [1, 10] for k in ends}, {k: [1, v] for k, v in ends.items()}, xlabel="", ylabel="")
+    places = {t.get_text()[0]: Text.get_window_extent(t).y0 for t in words(high) if "slope" in t.get_text()}
+    assert places["b"] < places["c"] < places["a"]  # those that are pushed apart stay in order
 
 
 def test_a_level_crosses_curves_over_doubled_numbers_of_shots():
@@ -657,6 +745,21 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.ablation_bars({}, ylabel=""), "groups is empty"),
         (lambda: plots.ablation_bars({"a": []}, ylabel=""), "give at least one seed"),
         (lambda: plots.ablation_bars({"a": [1.0]}, ylabel="", paper={"b": 1.0}), "'b' is not among the groups"),
+        (lambda: plots.grouped_bars({}, ylabel=""), "at least one group"),
+        (lambda: plots.grouped_bars({"a": {"b": [1]}, "c": {}}, ylabel=""), "each group at least one series"),
+        (lambda: plots.grouped_bars({"a": {"b": []}}, ylabel=""), r"table\['a'\]\['b'\] must be finite numbers"),
+        (lambda: plots.grouped_bars({"a": {"b": [np.nan]}}, ylabel=""), "one a seed, at least one"),
+        (lambda: plots.growth({}, {}, xlabel="", ylabel=""), "seconds is empty"),
+        (lambda: plots.growth({"a": [1, 2]}, {"b": [1, 2]}, xlabel="", ylabel=""), "'a' is not in both"),
+        (
+            lambda: plots.growth({"a": [1, 2]}, {"a": [1]}, xlabel="", ylabel=""),
+            "'a': seconds has 1 entries for 2 sizes",
+        ),
+        (lambda: plots.growth_slope([1, 2], [0, 1]), "finite numbers > 0"),
+        (lambda: plots.growth_slope([-1, 2], [1, 1]), "finite numbers > 0"),
+        (lambda: plots.growth_slope([1, 2], [1, np.inf]), "leave out the sizes that failed"),
+        (lambda: plots.growth_slope([2, 2], [1, 1]), r"two different sizes or more, not \[2.0\]"),
+        (lambda: plots.growth_slope([[1, 2]], [1, 1]), "sizes must have 1 dimensions"),
         (lambda: plots.similarity_matrix(np.zeros(4)), "must have 2 dimensions"),
         (lambda: plots.similarity_matrix(np.zeros((2, 3)), ["a"]), "row_labels has 1 entries for 2 rows"),
         (lambda: plots.picture_text_matrix(np.zeros(4), PICTURES, CAPTIONS), "scores must have 2 dimensions"),
