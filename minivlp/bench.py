@@ -32,6 +32,7 @@ from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
 from minivlp.models.flip import FLIP, FLIPConfig, FLIPVision, random_masking
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
+from minivlp.models.vlmo import MoMEBlock, Route, VLMo, VLMoConfig, shares
 from minivlp.pretrained import TRUNK_NAMES, from_hf, join_trunk, rename
 
 Batch = tuple[Tensor, ...]
@@ -279,8 +280,9 @@ def transformers_vilt_pair(config: ViLTConfig) -> tuple[nn.Module, ViLT]:
 
 
 def random_pairs(
-    config: ViLTConfig | CLIPConfig | ALBEFConfig, *, batch_size: int, longest: int, generator: torch.Generator
-) -> Batch:
+    config: ViLTConfig | CLIPConfig | ALBEFConfig | VLMoConfig, *, batch_size: int, longest: int,
+    generator: torch.Generator,
+) -> Batch:  # fmt: skip
     """Random pictures and texts of 8 to `longest` tokens: images (B, C, H, W), ids and mask (B, L)."""
     side, first = config.image_size, 7  # the course's tokenizer: words begin at 7
     images = torch.rand(batch_size, config.channels, side, side, generator=generator) * 2 - 1
@@ -778,7 +780,7 @@ def albef_contenders(config: ALBEFConfig, *, queue: int) -> list[Contender]:
     return contenders
 
 
-def albef_batch(config: ALBEFConfig, *, batch_size: int, longest: int) -> Batch:
+def albef_batch(config: ALBEFConfig | VLMoConfig, *, batch_size: int, longest: int) -> Batch:
     """Random pictures and texts of 8 to `longest` tokens as a batch of lesson 05: `images` (B, C, H, W), `ids` and
     `mask` (B, L), hidden ids and labels (B, L), `shows` (B, 2), `says` (B), noise (2, B) and the teacher's share ()."""
     generator = torch.Generator().manual_seed(0)
@@ -808,12 +810,165 @@ def albef_row(*, batch_size: int = 32, longest: int = 14) -> Row:
     )
 
 
+# --- VLMo ------------------------------------------------------------------------------------------------------------
+
+
+class AllInTheLast(VLMo):
+    """Computes all tokens in the last block, whatever is read of them."""
+
+    def run(self, x: Tensor, along: Sequence[Route], **how: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().run(x, along, **how | {"rows": None})
+
+
+class BeitBlock(nn.Module):
+    """transformers' parts in the place of a `MoMEBlock`: attention, layer scales and experts are those of BeitLayers.
+
+    The layer with V-FFN is whole and shares its attention and scales; of the others only LayerNorm and MLP are left.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.layer = layers["image"]
+        self.others = nn.ModuleDict(
+            {name: nn.Sequential(layer.layernorm_after, layer.mlp) for name, layer in layers.items() if name != "image"}
+        )
+
+    def forward(
+        self, x: Tensor, route: Route, *, mask: Tensor | None = None, rows: int | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        layer, parts = self.layer, []
+        h = x + layer.lambda_1 * layer.attention(layer.layernorm_before(x), attention_mask=mask)[0]
+        for name, part in shares(h, route):
+            own = name == "image"
+            parts.append(layer.mlp(layer.layernorm_after(part)) if own else self.others[name](part))
+        return h + layer.lambda_2 * torch.cat(parts, dim=1), None
+
+
+@torch.no_grad()
+def beit_block(ours: MoMEBlock, config: Any) -> BeitBlock:
+    """The weights of our block in BeitLayers of this configuration (transformers 5.24 was tried)."""
+    from transformers.models.beit.modeling_beit import BeitLayer
+
+    layers = {}
+    for name, expert in ours.experts.items():
+        layers[name] = layer = BeitLayer(config)
+        for own, other in (
+            (expert.norm, layer.layernorm_after), (expert.mlp.fc1, layer.mlp.fc1), (expert.mlp.fc2, layer.mlp.fc2),
+        ):  # fmt: skip
+            other.load_state_dict(own.state_dict())
+    shared, attention = layers["image"], layers["image"].attention
+    attention.k_proj = nn.Linear(config.hidden_size, config.hidden_size)  # with a bias, which BEiT leaves out
+    for kind in ("weight", "bias"):
+        key, value = getattr(ours.attn.kv, kind).chunk(2)
+        getattr(attention.k_proj, kind).copy_(key)
+        getattr(attention.v_proj, kind).copy_(value)
+    attention.q_proj.load_state_dict(ours.attn.q.state_dict())
+    attention.o_proj.load_state_dict(ours.attn.proj.state_dict())
+    shared.layernorm_before.load_state_dict(ours.norm1.state_dict())
+    shared.lambda_1.copy_(ours.gamma_1)
+    shared.lambda_2.copy_(ours.gamma_2)
+    return BeitBlock(layers)
+
+
+def transformers_vlmo(ours: VLMo) -> VLMo:
+    """The same VLMo from official parts: BERT's and BEiT's embeddings, BEiT's layers, BERT's MLM head.
+
+    The official segment vectors, which ours keeps in the position table, stay at zero, and the MLM head's output matrix
+    is not tied to the word table. The other heads are copies of ours.
+    """
+    import transformers
+    from transformers.models.beit.modeling_beit import BeitEmbeddings
+
+    c = ours.config
+    both = dict(hidden_size=c.width, num_attention_heads=c.heads, intermediate_size=c.mlp_ratio * c.width,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa")  # fmt: skip
+    beit = transformers.BeitConfig(
+        image_size=c.image_size, patch_size=c.patch_size, num_channels=c.channels, layer_norm_eps=c.eps,
+        layer_scale_init_value=c.layer_scale, use_absolute_position_embeddings=True, **both,
+    )  # fmt: skip
+    bert = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            num_hidden_layers=1, vocab_size=c.vocab_size, max_position_embeddings=c.max_text, layer_norm_eps=c.text_eps,
+            pad_token_id=c.pad_id, **both,
+        )
+    )  # fmt: skip
+    words, guess, image = bert.bert.embeddings, bert.cls.predictions, BeitEmbeddings(beit)
+    guess.decoder.weight = nn.Parameter(guess.decoder.weight.detach().clone())
+    nn.init.zeros_(words.token_type_embeddings.weight).requires_grad_(False)
+    for own, other in (
+        (ours.embed.text.word, words.word_embeddings), (ours.embed.text.position, words.position_embeddings),
+        (ours.embed.text.norm, words.LayerNorm), (ours.mlm_head.dense, guess.transform.dense),
+        (ours.mlm_head.norm, guess.transform.LayerNorm), (ours.mlm_head.decoder, guess.decoder),
+    ):  # fmt: skip
+        other.load_state_dict(own.state_dict())
+    patches = image.patch_embeddings.projection
+    with torch.no_grad():
+        for own, other in (
+            (ours.embed.image.patch_embed.proj.weight, patches.weight),
+            (ours.embed.image.patch_embed.proj.bias, patches.bias),
+            (ours.embed.image.cls_token, image.cls_token), (ours.embed.image.pos_embed, image.position_embeddings),
+        ):  # fmt: skip
+            other.copy_(own.view_as(other))
+    theirs = copy.deepcopy(ours)
+    theirs.embed.text, theirs.embed.image, theirs.mlm_head = words, image, bert.cls
+    theirs.blocks = nn.ModuleList(beit_block(block, beit) for block in ours.blocks)
+    return theirs
+
+
+def vlmo_contenders(config: VLMoConfig) -> list[Contender]:
+    """Ours twice and one of transformers' parts (if installed), all with the same weights.
+
+    All take the step of lesson 06's stage 3. Their outputs are its four losses: ITC is two of them.
+    """
+    from minivlp.lessons.vlmo import vlmo_loss  # not above: the lesson takes its clock from this file
+
+    every, short = AllInTheLast(config), VLMo(config)
+    short.load_state_dict(every.state_dict())
+
+    def contender(name: str, model: VLMo) -> Contender:
+        return Contender(name, model, lambda batch: tuple(vlmo_loss(model, *batch).values()))
+
+    contenders = [
+        contender("minivlp VLMo, every token", every),
+        contender("minivlp VLMo, rows=: last block only for what is read", short),
+    ]
+    if transformers_installed():
+        name = "transformers BeitLayers, BERT embeddings and MLM head, sdpa"
+        contenders.append(contender(name, transformers_vlmo(every)))
+    return contenders
+
+
+def vlmo_batch(config: VLMoConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens as a batch of lesson 06's stage 3: `images` (B, C, H, W),
+    `ids` and `mask` (B, L), hidden ids and labels (B, L), `same` (B, B), noise (2, B)."""
+    images, ids, mask, hidden, labels, _, _, noise, _ = albef_batch(config, batch_size=batch_size, longest=longest)
+    return images, ids, mask, hidden, labels, torch.eye(batch_size, dtype=torch.bool), noise
+
+
+def vlmo_row(*, batch_size: int = 16, longest: int = 14) -> Row:
+    """The course's own VLMo (width 128, depth 4, VL-FFN in the last block) in its third stage."""
+    config = VLMoConfig()
+    return Row(
+        name="vlmo-train",
+        title="VLMo, training step of stage 3 (both ITCs, ITM and MLM, backward, AdamW): "
+        f"{config.image_size} px, patch {config.patch_size}, texts of 8 to {longest} tokens, "
+        f"width {config.width}, depth {config.depth}, VL-FFN in the last {config.pair_depth}, batch {batch_size}",
+        contenders=lambda: vlmo_contenders(config),
+        batch=lambda: vlmo_batch(config, batch_size=batch_size, longest=longest),
+        loss=lambda losses, batch: sum(losses),
+        note="All take the same step from the same function. The second row leaves out, in the last block alone, all "
+        "but the class tokens for both ITCs and for ITM, and all patches for MLM.",
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
     clip_row(),
     *(flip_row(ratio, whole=whole) for whole in (False, True) for ratio in (0.0, 0.5, 0.75)),
     albef_row(),
+    vlmo_row(),
 ]
 
 

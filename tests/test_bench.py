@@ -15,6 +15,7 @@ from minivlp.models.clip import CLIPConfig
 from minivlp.models.flip import FLIPConfig
 from minivlp.models.vilt import ViLTConfig
 from minivlp.models.vit import ViTConfig
+from minivlp.models.vlmo import VLMoConfig
 
 pytest.importorskip("transformers")
 
@@ -22,7 +23,8 @@ torch.set_num_threads(1)
 
 OPEN_CLIP = bench.open_clip_installed()
 CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + OPEN_CLIP, "tiny-flip-tower-0": 2 + OPEN_CLIP,
-              "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP, "tiny-albef": 3}  # fmt: skip
+              "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP, "tiny-albef": 3,
+              "tiny-vlmo": 3}  # fmt: skip
 
 
 def tiny_vit() -> bench.Row:
@@ -90,8 +92,21 @@ def tiny_albef() -> bench.Row:
     )
 
 
+def tiny_vlmo() -> bench.Row:
+    config = VLMoConfig(
+        image_size=16, patch_size=8, vocab_size=30, max_text=12, width=16, depth=3, pair_depth=1, heads=2
+    )
+    return replace(
+        bench.vlmo_row(),
+        name="tiny-vlmo",
+        title="a tiny VLMo",
+        contenders=lambda: bench.vlmo_contenders(config),
+        batch=lambda: bench.vlmo_batch(config, batch_size=6, longest=11),
+    )
+
+
 TINY = [tiny_vit, tiny_vilt, tiny_clip, partial(tiny_flip, 0.0, whole=False), partial(tiny_flip, 0.75, whole=False),
-        tiny_flip, tiny_albef]  # fmt: skip
+        tiny_flip, tiny_albef, tiny_vlmo]  # fmt: skip
 
 
 @pytest.fixture(params=TINY, ids=CONTENDERS)
@@ -190,6 +205,43 @@ def test_bench_checks_all_of_albefs_step(spoil):
     spoil(contenders[-1].model)
     with pytest.raises(RuntimeError, match="the contenders differ by"):
         bench.check_equal(row, contenders, row.batch())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: model.logit_scale.add_(0.1),
+        lambda model: model.logit_vl_scale.add_(0.1),
+        lambda model: shift_bias(model, "itm_head"),
+        lambda model: shift_bias(model, "mlm_head.predictions.decoder"),
+        lambda model: model.blocks[1].layer.attention.v_proj.weight.neg_(),
+        lambda model: model.blocks[1].layer.lambda_1.mul_(1.5),
+        lambda model: model.blocks[1].layer.mlp.fc2.weight.neg_(),
+        lambda model: model.blocks[1].others["text"][1].fc2.weight.neg_(),
+        lambda model: model.blocks[2].others["pair"][1].fc2.weight.neg_(),
+        lambda model: model.blocks[2].others["text"][0].weight.neg_(),  # the first ITC's last block
+        lambda model: model.embed.image.position_embeddings.neg_(),
+    ],
+)
+@torch.no_grad()
+def test_bench_checks_all_of_vlmos_step(spoil):
+    torch.manual_seed(0)
+    row = tiny_vlmo()
+    contenders = row.contenders()
+    assert bench.check_equal(row, contenders, row.batch()) < 1e-5
+    spoil(contenders[-1].model)
+    with pytest.raises(RuntimeError, match="the contenders differ by"):
+        bench.check_equal(row, contenders, row.batch())
+
+
+def test_vlmo_batch():
+    """What the row says of its batch: lesson 05's pairs, each text with one picture, and noise for both directions."""
+    images, ids, mask, hidden, labels, same, noise = bench.vlmo_batch(VLMoConfig(), batch_size=16, longest=14)
+    assert images.shape == (16, 3, 64, 64) and ids.shape == mask.shape == (16, 14) and not ids[~mask].any()
+    asked = labels != IGNORE
+    assert torch.equal(labels[asked], ids[asked]) and (hidden[asked] == 4).all()
+    assert torch.equal(hidden[~asked], ids[~asked])
+    assert torch.equal(same, torch.eye(16, dtype=torch.bool)) and noise.shape == (2, 16)
 
 
 def test_albef_batch():
@@ -318,6 +370,21 @@ def test_the_short_way_of_albef_computes_less():
     assert seen == [(6, 11), (18, 11), (6, 11), (6, 11), (18, 1), (6, 11)]
 
 
+def test_the_short_way_of_vlmo_computes_less():
+    """Of a picture's 5 tokens and a text's 11 the last block updates one each for both ITCs, and of ITM's three pairs
+    one each; for MLM all words, and no patch."""
+    row, seen = tiny_vlmo(), []
+    for contender in row.contenders():
+        last = contender.model.blocks[-1]
+        wide = [m for m in last.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 64]
+        assert len(wide) == 3
+        for layer in wide:
+            layer.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+        contender.outputs(row.batch())
+    everything = [(6, 5), (6, 5), (6, 11), (6, 11), (18, 16), (6, 16)]
+    assert seen == [*everything, *[(6, 1)] * 4, (18, 1), (6, 11), *everything]
+
+
 def test_the_short_way_of_clip_computes_less():
     """Of 1 + N tokens of a picture and L of a text the last blocks update one each."""
     row, seen = tiny_clip(), []
@@ -365,6 +432,7 @@ def test_bench_runs_without_transformers(row, monkeypatch, capsys):
 
 def test_the_rows():
     names = [row.name for row in bench.ROWS]
-    assert len(set(names)) == len(names) and {"vit-p16-train", "vilt-train", "clip-train", "albef-train"} <= set(names)
+    trained = {f"{name}-train" for name in ("vit-p16", "vilt", "clip", "albef", "vlmo")}
+    assert len(set(names)) == len(names) and trained <= set(names)
     flips = {f"flip-{part}-{percent}": part == "train" for part in ("tower", "train") for percent in (0, 50, 75)}
     assert {row.name: row.update for row in bench.ROWS if "flip" in row.name} == flips

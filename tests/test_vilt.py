@@ -127,6 +127,20 @@ def test_embedding_by_hand():
 
 
 @torch.no_grad()
+def test_reading_and_looking_is_the_whole():
+    """The two halves that VLMo asks for one at a time, side by side, are what the transformer sees."""
+    model, (ids, _), (images, image_mask) = shaken(replace(SMALL, patch_colours=True)), texts(), padded_pictures()
+    hidden = torch.arange(24) % 3 == 0
+    for how in ({}, dict(hidden=hidden[:16]), dict(image_mask=image_mask, hidden=hidden), dict(kind=0)):
+        shown = images if "image_mask" in how else images[..., :16]
+        halves = [model.embed.read(ids), model.embed.look(shown, **how)]
+        assert torch.equal(model.embed(shown, ids, **how), torch.cat(halves, dim=1))
+    types = model.embed.types.weight
+    close(model.embed.look(shown, kind=0) - types[0], model.embed.look(shown) - types[1])
+    assert (types[0] - types[1]).abs().max() > 0.05
+
+
+@torch.no_grad()
 def test_types_off():
     model, images, (ids, _) = shaken(replace(SMALL, modality_types=0)), pictures(), texts()
     assert model.embed.types is None

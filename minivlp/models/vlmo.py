@@ -67,7 +67,7 @@ def paper_config(name: str = "base") -> VLMoConfig:
         raise ValueError(f"no VLMo is called {name!r}: choose one of {', '.join(map(repr, sizes))}")
     width, depth, pair_depth, heads = sizes[name]
     return VLMoConfig(224, 16, vocab_size=30_522, max_text=40, width=width, depth=depth, pair_depth=pair_depth,
-                      heads=heads, codes=8_192)  # fmt: skip
+                      heads=heads, layer_scale=0.1, codes=8_192)  # fmt: skip
 
 
 def routes(config: VLMoConfig, text: int, image: int, *, pair_experts: bool | None = None) -> list[Route]:
@@ -108,7 +108,8 @@ class SeparateAttention(nn.Module):
 
     def __init__(self, config: VLMoConfig) -> None:
         super().__init__()
-        self.of = nn.ModuleDict({name: Attention(config.width, config.heads) for name in ("text", "image")})
+        c = config
+        self.of = nn.ModuleDict({name: Attention(c.width, c.heads, dropout=c.dropout) for name in ("text", "image")})
 
     def forward(self, x: Tensor, route: Route, *, mask: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
@@ -119,7 +120,7 @@ class SeparateAttention(nn.Module):
         heads = self.of["text"].heads
         q, k, v = (t.view(B, T, heads, D // heads).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, D)
-        return torch.cat([self.of[name].proj(part) for name, part in shares(y, route)], dim=1)
+        return torch.cat([self.of[name].dropout(self.of[name].proj(part)) for name, part in shares(y, route)], dim=1)
 
 
 class MoMEBlock(nn.Module):
@@ -176,7 +177,7 @@ class Multiway(nn.Module):
         """Rows x (B, T, D) through the blocks from number `start` on, as many as `along` has routes.
 
         mask (B, T) is False at padding. `rows` computes only the first tokens in the last block of all. `everything`
-        adds "block_i" (B, T, D) and "attention_i" (B, heads, T, T).
+        adds "block_i" (B, T, D) and "attention_i" (B, heads, T, T), None where attention is separate.
         """
         named: dict[str, Tensor] = {}
         for i, route in enumerate(along, start):
