@@ -1,15 +1,18 @@
-"""Shared by the tests of the lessons' recipes: a few pages in the place of many."""
+"""Shared by the tests of the lessons' recipes: a few pages in the place of many, and a model that knows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from minivlp.data import load_pairs, to_tensors
+from minivlp.lessons.vilt import words
 
 
 @contextmanager
@@ -35,3 +38,42 @@ def few_pages(tmp_path_factory: pytest.TempPathFactory, *lessons: ModuleType) ->
                 if hasattr(lesson, function.__name__):
                     patch.setattr(lesson, function.__name__, function)
         yield
+
+
+class Oracle(nn.Module):
+    """Knows its pictures and texts by heart: ITC's similarity is `similarity` (N, M), ITM's log odds are `odds`."""
+
+    def __init__(self, images: Tensor, texts: Sequence[str], similarity: Tensor, odds: Tensor) -> None:
+        super().__init__()
+        self.similarity, self.odds = similarity.float(), odds.float()
+        self.pages = {bytes(image.numpy().tobytes()): i for i, image in enumerate(images)}
+        self.sentences = {tuple(words().encode(text)): i for i, text in enumerate(texts)}
+        assert len(self.pages) == len(images) and len(self.sentences) == len(texts)
+        self.temp = nn.Parameter(torch.tensor(1.0))
+        self.asked: list[tuple[int, int]] = []
+
+    def page(self, images: Tensor) -> Tensor:
+        return torch.tensor([self.pages[image.numpy().tobytes()] for image in images])
+
+    def sentence(self, ids: Tensor) -> Tensor:
+        return torch.tensor([self.sentences[tuple(i for i in row if i)] for row in ids.tolist()])
+
+    def look(self, images: Tensor) -> Tensor:
+        return self.page(images)[:, None, None].float()
+
+    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        assert torch.equal(mask, ids != 0)
+        return self.sentence(ids)[:, None, None].expand(*ids.shape, 1).float()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.similarity[self.page(images)]
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return torch.eye(self.similarity.shape[1])[self.sentence(ids)]
+
+    def match(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        assert not self.training and states.shape[:2] == mask.shape and mask[:, 0].all()
+        i, t = image[:, 0, 0].long(), states[:, 0, 0].long()
+        self.asked += zip(i.tolist(), t.tolist(), strict=True)
+        odds = self.odds[i, t]
+        return torch.stack([0.7 * odds, 1.7 * odds], dim=1)  # whose difference are the odds

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lesson_helpers import few_pages
+from lesson_helpers import Oracle, few_pages
 from torch import Tensor, nn
+from tower_helpers import shake
 
 from minivlp.data import TokenTable
 from minivlp.layers import count_parameters
@@ -22,6 +23,7 @@ from minivlp.lessons import vilt as lesson02
 from minivlp.lessons import vit as lesson01
 from minivlp.losses import IGNORE, masked_lm_loss
 from minivlp.models.albef import ALBEF, TEMPERATURES, ALBEFConfig, MomentumALBEF, belong
+from minivlp.models.vlmo import VLMo, VLMoConfig
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -598,46 +600,6 @@ def test_training_moves_all_three_and_ends_with_a_sane_temperature(monkeypatch):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-class Oracle(nn.Module):
-    """Knows its pictures and texts by heart: ITC's similarity is `similarity` (N, M), ITM's log odds are `odds`."""
-
-    def __init__(self, images: Tensor, texts: Sequence[str], similarity: Tensor, odds: Tensor) -> None:
-        super().__init__()
-        self.similarity, self.odds = similarity.float(), odds.float()
-        self.pages = {bytes(image.numpy().tobytes()): i for i, image in enumerate(images)}
-        self.sentences = {tuple(lesson.words().encode(text)): i for i, text in enumerate(texts)}
-        assert len(self.pages) == len(images) and len(self.sentences) == len(texts)
-        self.temp = nn.Parameter(torch.tensor(1.0))
-        self.text = SimpleNamespace(read=self.read)
-        self.asked: list[tuple[int, int]] = []
-
-    def page(self, images: Tensor) -> Tensor:
-        return torch.tensor([self.pages[image.numpy().tobytes()] for image in images])
-
-    def sentence(self, ids: Tensor) -> Tensor:
-        return torch.tensor([self.sentences[tuple(i for i in row if i)] for row in ids.tolist()])
-
-    def vision(self, images: Tensor) -> Tensor:
-        return self.page(images)[:, None, None].float()
-
-    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        assert torch.equal(mask, ids != 0)
-        return self.sentence(ids)[:, None, None].expand(*ids.shape, 1).float()
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.similarity[self.page(images)]
-
-    def encode_text(self, ids: Tensor) -> Tensor:
-        return torch.eye(self.similarity.shape[1])[self.sentence(ids)]
-
-    def match(self, states: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        assert not self.training and states.shape[:2] == mask.shape and mask[:, 0].all()
-        i, t = image[:, 0, 0].long(), states[:, 0, 0].long()
-        self.asked += zip(i.tolist(), t.tolist(), strict=True)
-        odds = self.odds[i, t]
-        return torch.stack([0.7 * odds, 1.7 * odds], dim=1)  # whose difference are the odds
-
-
 def full(n: int = 40) -> tuple[Tensor, list[str]]:
     data = lesson.pairs("test", n)
     return data.images, [captions[FULL] for captions in data.captions]
@@ -732,6 +694,27 @@ def test_ways_to_search_score_the_same_pairs(model):
     assert torch.allclose(found["vectors"], similarity, atol=1e-5)
     asked = found["re-ranked"] != -100
     assert (asked.sum(1) == 3).all() and torch.allclose(found["re-ranked"][asked], every[asked], atol=1e-5)
+
+
+def test_any_model_that_looks_reads_and_matches_can_be_searched_and_probed():
+    """Lesson 06's model has no `vision` and no `text.read`: a single stream does nothing once but the embedding."""
+    torch.manual_seed(0)
+    single = shake(VLMo(VLMoConfig(width=16, depth=2, heads=2)), 0.1)
+    images, texts = full()
+    every = lesson.all_pairs(single, images, texts[:9])
+    for i, t in ((0, 0), (3, 8), (39, 1)):
+        ids, mask = lesson.words().encode_batch([texts[t]])
+        with torch.no_grad():
+            odds = single.itm_head(single(images[i : i + 1], ids, mask)[0]).diff(dim=1).item()
+        assert every[i, t].item() == pytest.approx(odds, abs=1e-4)
+    assert every.shape == (40, 9) and every.std() > 0
+    similarity = lesson.image_vectors(single, images) @ lesson.text_vectors(single, texts[:9]).T
+    found = lesson.rerank(single, similarity, lesson.states(single, images, texts[:9]), 3)
+    asked = found != -100
+    assert (asked.sum(1) == 3).all() and torch.allclose(found[asked], every[asked], atol=1e-4)
+    numbers = lesson.searches(single, n=40, k=5, every=False) | lesson.probes(single, "replaced", n=6)
+    assert {"ITC", "re-ranked", "replaced, ITC", "replaced, ITM"} <= numbers.keys()
+    assert all(0 <= value <= 1 for value in numbers.values())
 
 
 def test_partners_are_wrong_texts_drawn_by_similarity():

@@ -411,6 +411,24 @@ def test_a_finished_run_is_not_repeated(toy):
     assert len(runs_done()) == 3
 
 
+def test_a_loss_that_says_where_it_began_keeps_steps_of_its_own(toy, monkeypatch):
+    """Lesson 06: a stage before the last may have more steps than that has, or fewer, from its own first one on."""
+    real = toy.run
+
+    def run(recipe, **how):
+        run = real(recipe, **how)
+        run.history.losses |= {"stage": [float(i) for i in range(65)], "short stage": [1.0] * 25, "late": [2.0] * 25}
+        run.history.began |= {"stage": 0, "short stage": 0}
+        return run
+
+    monkeypatch.setattr(toy, "run", run)
+    curves = json.loads(one().read_text())["run"]["curves"]
+    assert curves["stage"] == {"steps": [20, 40, 60], "values": [9.5, 29.5, 49.5]}
+    assert curves["short stage"] == {"steps": [20], "values": [1.0]}
+    assert curves["late"] == {"steps": [40], "values": [2.0]}  # without a word, it ends with the run of 45 steps
+    assert curves["loss"]["steps"] == [20, 40]
+
+
 def test_a_finished_run_is_repeated_when_its_recipe_has_changed(toy):
     path = one()
     arms = toy.EXPERIMENTS["main"]

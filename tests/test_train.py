@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickle
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -555,6 +556,21 @@ def test_the_optimiser_goes_on_with_its_moments(tmp_path):
         assert state.keys() == resumed[index].keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(value, resumed[index][key]) for key, value in state.items())
         assert state["step"] == 3
+
+
+def test_a_checkpoint_holds_the_whole_history_and_may_be_older_than_a_part_of_it(tmp_path):
+    path, model = tmp_path / "run.safetensors", Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    losses = {"loss": [3.0, 2.0], "early": [1.0]}
+    history = History(losses, [0.1, 0.2], {"val": [0.5]}, [2], 7.5, "by hand", {"early": 0})
+    assert all(getattr(history, f.name) != getattr(History(), f.name) for f in fields(history))
+    train.save_checkpoint(path, model, optimizer, {}, history)
+    assert train.load_checkpoint(path, model, optimizer, {}) == history
+    tensors, about = train.read_safetensors(path)
+    before = json.loads(about["history"])
+    del before["began"]
+    save_file(tensors, path, about | {"history": json.dumps(before)})
+    assert train.load_checkpoint(path, model, optimizer, {}) == replace(history, began={})
 
 
 def test_ctrl_c_names_the_checkpoint_only_if_there_is_one(tmp_path):
