@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minivlp.layers import Block, Encoder, MLMHead, TextEmbeddings, init_normal
 from minivlp.models.dual_stream import CrossAttention, key_mask
-from minivlp.models.vit import ViT, ViTConfig, ViTEmbeddings
+from minivlp.models.vit import ViT, ViTConfig, ViTEmbeddings, refuse_unlike
 
 TEMPERATURES = (0.001, 0.5)  # official code: the temperature is kept between these
 
@@ -273,11 +273,6 @@ class MomentumALBEF(nn.Module):
 @torch.no_grad()
 def start_from_vit(model: ALBEF, vit: ViT) -> None:
     """Give the image encoder a trained ViT's weights (paper, 4.1: DeiT). Raises ValueError if they do not fit."""
-    needed = model.config.image_config()
-    for name in ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_ratio", "pool", "position",
-                 "norm", "gelu"):  # fmt: skip
-        ours, theirs = getattr(needed, name), getattr(vit.config, name)
-        if ours != theirs:
-            raise ValueError(f"the ViT has {name}={theirs!r} where this ALBEF needs {ours!r}: build both alike")
+    refuse_unlike(vit, model.config.image_config(), "ALBEF")
     model.vision.embed.load_state_dict(vit.embed.state_dict())
     model.vision.encoder.load_state_dict(vit.encoder.state_dict())

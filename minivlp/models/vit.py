@@ -69,6 +69,16 @@ def paper_config(name: str, *, image_size: int = 224, num_classes: int = 1000) -
     return ViTConfig(image_size, int(patch), width=width, depth=depth, heads=heads, num_classes=num_classes)
 
 
+def refuse_unlike(vit: ViT, needed: ViTConfig, model: str) -> None:
+    """Raises ValueError if a trained ViT's weights do not fit a `model` (its name) that has a ViT's parts inside, with
+    the shape that it needs."""
+    for name in ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_ratio", "pool", "position",
+                 "norm", "gelu"):  # fmt: skip
+        ours, theirs = getattr(needed, name), getattr(vit.config, name)
+        if ours != theirs:
+            raise ValueError(f"the ViT has {name}={theirs!r} where this {model} needs {ours!r}: build both alike")
+
+
 class ViTEmbeddings(nn.Module):
     """Patches, class token and positions: what the transformer sees (ViT, eq. 1). (B, C, H, W) -> (B, T, D)."""
 

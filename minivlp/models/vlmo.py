@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minivlp.layers import MLP, Attention, MLMHead, init_normal, take_rows
 from minivlp.models.dual_stream import key_mask
 from minivlp.models.vilt import ViLTEmbeddings, answer_head
-from minivlp.models.vit import ViT, ViTConfig
+from minivlp.models.vit import ViT, ViTConfig, refuse_unlike
 
 # Which expert computes which tokens, in their order: (name, number of tokens). One block's route through the model.
 Route = Sequence[tuple[str, int]]
@@ -304,12 +304,7 @@ def moves_in_stage_2(name: str) -> bool:
 def start_from_vit(model: VLMo, vit: ViT) -> None:
     """Give V-FFN and attention a trained ViT's weights, with layer scales of 1, which a ViT has none of. Raises
     ValueError if they do not fit."""
-    needed = model.config.image_config()
-    for name in ("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp_ratio", "pool", "position",
-                 "norm", "gelu"):  # fmt: skip
-        ours, theirs = getattr(needed, name), getattr(vit.config, name)
-        if ours != theirs:
-            raise ValueError(f"the ViT has {name}={theirs!r} where this VLMo needs {ours!r}: build both alike")
+    refuse_unlike(vit, model.config.image_config(), "VLMo")
     model.embed.image.load_state_dict(vit.embed.state_dict())
     model.norm.load_state_dict(vit.encoder.norm.state_dict())
     for ours, theirs in zip(model.blocks, vit.encoder.blocks, strict=True):
