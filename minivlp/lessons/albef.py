@@ -419,9 +419,7 @@ def gap_of(model: ALBEF, *, n: int = 1000) -> dict[str, float]:
     return modality_gap(image_vectors(model, data.images), text_vectors(model, [c[4] for c in data.captions]))
 
 
-def word_maps(
-    model: ALBEF, images: Tensor, texts: Sequence[str], *, gradient: bool = True, block: int = 0
-) -> Tensor:
+def word_maps(model: ALBEF, images: Tensor, texts: Sequence[str], *, gradient: bool = True, block: int = 0) -> Tensor:
     """Where each word looks: maps (B, L, P) over the patches, from the cross-attention of one fusion block.
 
     `gradient`: Grad-CAM (paper, 5.1): the attention weights times what each of them adds to the score of a match,
@@ -484,7 +482,7 @@ def validation(recipe: Recipe, n: int = 300) -> Callable[[nn.Module], dict[str, 
         numbers = {}
         for name, one in (("val R@1", model.student), ("teacher's val R@1", model.teacher)):
             found = lesson03.retrieval(one, "val", n=n)
-            numbers[name] = (found["R@1 text to image"] + found["R@1 image to text"]) / 2
+            numbers[name] = lesson03.mean_recall(found)
         if recipe.itm:
             data, own = pairs("val", n), torch.arange(n)
             held = states(model.student, data.images, [captions[4] for captions in data.captions])
@@ -500,7 +498,7 @@ def validation(recipe: Recipe, n: int = 300) -> Callable[[nn.Module], dict[str, 
 def measure(model: ALBEF, recipe: Recipe) -> dict[str, float]:
     """What is recorded of every arm, on the test split; `recipe.everything` adds what only the main run needs."""
     found = lesson03.retrieval(model)
-    numbers = found | {"R@1": (found["R@1 text to image"] + found["R@1 image to text"]) / 2} | gap_of(model)
+    numbers = found | {"R@1": lesson03.mean_recall(found)} | gap_of(model)
     numbers |= lesson02.grounding(model, pictures=("true", "shuffled", "blank") if recipe.everything else ("true",),
                                   scores_of=word_scores)  # fmt: skip
     if recipe.itm:

@@ -286,6 +286,11 @@ def retrieval(model: CLIP, split: str = "test", *, n: int = 1000, level: int = 4
             (("text to image", scores.T), ("image to text", scores))}  # fmt: skip
 
 
+def mean_recall(found: dict[str, float]) -> float:
+    """R@1 of what `retrieval` found, the mean of its two ways."""
+    return (found["R@1 text to image"] + found["R@1 image to text"]) / 2
+
+
 def class_vectors(model: CLIP, names: Sequence[str], templates: Sequence[str] = TEMPLATES[:1]) -> Tensor:
     """The zero-shot classifier (paper, 3.1.4): K names in all templates -> (K, E). Each sentence's vector has length 1;
     their mean is brought to length 1 again: an ensemble of texts, not of probabilities."""

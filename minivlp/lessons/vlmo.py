@@ -372,11 +372,6 @@ def train(
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def both_ways(numbers: dict[str, float]) -> float:
-    """R@1, the mean of text to image and image to text."""
-    return (numbers["R@1 text to image"] + numbers["R@1 image to text"]) / 2
-
-
 def preference(model: VLMo, split: str = "test", *, how: str = "uniform", n: int = 256) -> float:
     """Share of `n` pages that ITM finds more likely with their own full caption than with a wrong one (chance 0.5),
     drawn anywhere or, "hard", by the model's own similarities, see `partners`."""
@@ -390,7 +385,7 @@ def validation(recipe: Recipe, n: int = 200) -> Callable[[nn.Module], dict[str, 
     """A function of the model: R@1 by vectors, matching, and hidden colours, on `n` validation pages."""
 
     def measure(model: VLMo) -> dict[str, float]:
-        numbers = {"val R@1": both_ways(lesson03.retrieval(model, "val", n=n))}
+        numbers = {"val R@1": lesson03.mean_recall(lesson03.retrieval(model, "val", n=n))}
         if recipe.itm:
             numbers["val matching"] = preference(model, "val", n=n)
         if recipe.mlm:
@@ -403,7 +398,7 @@ def validation(recipe: Recipe, n: int = 200) -> Callable[[nn.Module], dict[str, 
 def measure(model: VLMo, recipe: Recipe) -> dict[str, float]:
     """What is recorded of every arm, on the test split; `recipe.everything` adds what only the main run needs."""
     found = lesson03.retrieval(model)
-    numbers = found | {"R@1": both_ways(found)}
+    numbers = found | {"R@1": lesson03.mean_recall(found)}
     if recipe.mlm:
         numbers |= lesson02.grounding(model, pictures=("true", "shuffled", "blank") if recipe.everything else ("true",))
     if recipe.itm:
@@ -514,8 +509,8 @@ def told(split: str, n: int) -> tuple[Statement, ...]:
     return tuple(statements(pairs(split, n).scenes))
 
 
-class StatementBatches(CaptionBatches):
-    """Sentences about two pictures; everything random is drawn from `(seed, step)`."""
+class StatementBatches:
+    """Sentences about two pictures, in an order that the seed fixes."""
 
     def __init__(self, split: str, n: int, *, batch_size: int, seed: int = 0) -> None:
         self.images, found = pairs(split, n).images, told(split, n)
