@@ -64,17 +64,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
+    def split(self, t: Tensor) -> Tensor:
+        """(B, T, D) -> (B, heads, T, D/heads)."""
+        return t.view(*t.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What can be kept of context (B, S, D') that is asked again and again: each (B, heads, S, D/heads)."""
+        k, v = self.kv(context).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), context (B, S, D') -> answer (B, T, D) and, on request, the weights (B, heads, T, S).
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None, *, mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """x (B, T, D), context (B, S, D') or its `keys_values` -> answer (B, T, D) and, on request, the weights
+        (B, heads, T, S).
 
         `mask` is boolean, broadcastable to (B, heads, T, S); True means "may look at".
         """
         B, T, D = x.shape
-        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
-        # each (B, T or S, D) -> (B, heads, T or S, D/heads)
-        q, k, v = (t.view(B, -1, self.heads, D // self.heads).transpose(1, 2) for t in (self.q(x), k, v))
+        q = self.split(self.q(x))
+        k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
         weights = None
         if need_weights:  # the same computation, spelled out, because the fused kernel never stores the weights
             scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5  # (B, heads, T, S)
@@ -198,13 +208,14 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Raises ValueError if a text is longer than the position table."""
-        L = ids.shape[1]
-        if self.position.num_embeddings < L:
-            raise ValueError(f"a text of {L} tokens does not fit {self.position.num_embeddings} positions: cut it with "
+    def forward(self, ids: Tensor, *, first: int = 0) -> Tensor:
+        """`first` is the position of the first token given, where the ones before it have been read already. Raises
+        ValueError if a text is longer than the position table."""
+        end = first + ids.shape[1]
+        if self.position.num_embeddings < end:
+            raise ValueError(f"a text of {end} tokens does not fit {self.position.num_embeddings} positions: cut it with "
                              "encode_batch(..., max_length=...) or build the model with a larger max_text")  # fmt: skip
-        return self.dropout(self.norm(self.word(ids) + self.position.weight[:L]))
+        return self.dropout(self.norm(self.word(ids) + self.position.weight[first:end]))
 
 
 class MLMHead(nn.Module):

@@ -14,8 +14,12 @@ from torch import Tensor
 IGNORE = -100  # the label of positions that are not asked for, as everywhere in PyTorch
 
 
-def masked_lm_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) -> Tensor:
+def masked_lm_loss(
+    head: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor, *, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of the hidden words (BERT, 3.1): states (B, L, D), labels (B, L), `IGNORE` where nothing is hidden.
+
+    Label `smoothing` spreads this share of the target evenly over all words (BLIP's LM: 0.1).
 
     `head` turns (M, D) into scores (M, V). It runs at the M asked positions alone, about one in seven, since the others
     would be thrown away. Without any asked position the loss is 0.
@@ -23,7 +27,7 @@ def masked_lm_loss(head: Callable[[Tensor], Tensor], states: Tensor, labels: Ten
     asked = labels != IGNORE
     if not asked.any():
         return states.sum() * 0.0
-    return F.cross_entropy(head(states[asked]).float(), labels[asked])
+    return F.cross_entropy(head(states[asked]).float(), labels[asked], label_smoothing=smoothing)
 
 
 def word_positions(text_mask: Tensor) -> Tensor:

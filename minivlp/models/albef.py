@@ -263,9 +263,12 @@ def belong(shows: Tensor, says: Tensor) -> Tensor:
 class MomentumALBEF(nn.Module):
     """What is trained: a student, the teacher that follows it, and the queue. Only the student is kept and used."""
 
-    def __init__(self, student: ALBEF, *, queue_size: int = 1024, momentum: float = 0.995, captions: int = 1) -> None:
+    def __init__(
+        self, student: ALBEF, *, queue_size: int = 1024, momentum: float = 0.995, captions: int = 1,
+        teacher: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.student, self.teacher = student, teacher_of(student)
+        self.student, self.teacher = student, teacher_of(student) if teacher is None else teacher
         self.queue = PairQueue(queue_size, student.config.embed_dim, captions=captions)
         self.momentum = momentum
 

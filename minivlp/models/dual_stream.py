@@ -28,9 +28,11 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, *, mask: Tensor | None = None, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """-> (B, T, D) and, on request, the weights (B, heads, T, S). `mask` (B, S) is about the context."""
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], *, mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """-> (B, T, D) and, on request, the weights (B, heads, T, S). `mask` (B, S) is about the context, which may
+        also be given as `attn.keys_values`."""
         answer, weights = self.attn(x, context, mask=key_mask(mask), need_weights=need_weights)
         return self.norm(x + answer), weights
 
