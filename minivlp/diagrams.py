@@ -20,9 +20,12 @@ from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 from minivlp.plots import INK, QUIET, WIDTH, array, inch_axes, new_figure, picture, text_height, text_width, wrap
 
 SMALLEST = 8.0  # points: smaller letters cannot be read in a notebook on GitHub
-# "pair" is image and text side by side, which never look at each other: half a box for each.
-FILLS = {"image": "#CFE5F5", "text": "#FFE3B3", "fused": "#E4D4EE", "neutral": "#EFEFEF", "pair": "#CFE5F5"}
-EDGES = {"image": "#0072B2", "text": "#B26A00", "fused": "#7B3F98", "neutral": "#6B6B6B", "pair": "#5A6E75"}
+# "pair" is image and text side by side, which never look at each other: half a box for each. "causal" is text that is
+# written, word after word, where reading and writing have weights of their own.
+FILLS = {"image": "#CFE5F5", "text": "#FFE3B3", "fused": "#E4D4EE", "neutral": "#EFEFEF", "pair": "#CFE5F5",
+         "causal": "#F8CFC9"}  # fmt: skip
+EDGES = {"image": "#0072B2", "text": "#B26A00", "fused": "#7B3F98", "neutral": "#6B6B6B", "pair": "#5A6E75",
+         "causal": "#A33A2C"}  # fmt: skip
 STRONG = {"image": "#3A8FC4", "text": "#E69F00", "fused": "#9A63B5", "neutral": "#7A7A7A"}
 NEW = "#007F5C"
 
@@ -105,6 +108,20 @@ alt_text = {
     "trains patch embedding, attention and V-FFN. Texts alone: masked language modelling trains word embeddings, "
     "L-FFN, the last LayerNorm and the MLM head; attention and V-FFN are frozen. Pairs: ITC, ITM and MLM train "
     "everything, and VL-FFN for the first time.",
+    "blip_overview": "BLIP from bottom to top. Left, a ViT, which looks at a picture once. Beside it one text "
+    "transformer in three columns. Text encoder, led by [CLS]: self-attention both ways, FFN; its vector goes to ITC. "
+    "Image-grounded encoder, led by [ENC]: the same self-attention, cross-attention to the picture's states, the same "
+    "FFN; yes or no goes to ITM. Image-grounded decoder, led by [DEC]: a causal self-attention of its own, the same "
+    "cross-attention and FFN; the next words go to LM. The tables of words and positions are shared by all three.",
+    "blip_block": "One block from bottom to top, with the encoder's stream at the left and the decoder's at the right. "
+    "Each has its own self-attention: q, k, v, output layer and LayerNorm. Both go through the same cross-attention, "
+    "which asks a picture's states, the same FFN and the LayerNorms after them; tables of words and positions are the "
+    "same too. After each part its input is added, then comes LayerNorm. Beside the decoder a cache keeps the keys and "
+    "values of the words before.",
+    "capfilt": "CapFilt in five steps. 1: human pairs and web pairs pre-train BLIP. 2: two copies of it are tuned on "
+    "the human pairs, a captioner with LM and a filter with ITC and ITM. 3: the captioner writes a synthetic text for "
+    "each web picture. 4: the filter keeps or drops web texts and synthetic texts. 5: human pairs, kept web pairs and "
+    "kept synthetic pairs pre-train a new model.",
 }
 
 
@@ -151,7 +168,8 @@ class Canvas:
         self, x: float, y: float, w: float, h: float, text: str = "", *, modality: str = "neutral", new: bool = False,
         frozen: bool = False, shared: bool = False, size: float = 10, weight: str = "normal", tag: str = "new",
     ) -> Box:  # fmt: skip
-        """A module. `modality`: "image", "text", "fused" (both in one), "pair" (both side by side) or "neutral".
+        """A module. `modality`: "image", "text", "fused" (both in one), "pair" (both side by side), "causal"
+        (text that is written) or "neutral".
 
         `new`, `frozen` and `shared` look as in the legend; `tag` are the words on a new box.
         """
@@ -1423,13 +1441,14 @@ def albef_step() -> Figure:
 EXPERTS = {"text": "L-FFN", "image": "V-FFN", "fused": "VL-FFN"}  # modality -> the paper's name of its expert
 
 
-def _ragged(c: Canvas, box: Box, labels: Sequence[str], modality: str) -> list[Box]:
-    """A row of tokens that fills `box`, each as wide as its word needs."""
+def _ragged(c: Canvas, box: Box, labels: Sequence[str], modality: str, *, new: bool = False) -> list[Box]:
+    """A row of tokens that fills `box`, each as wide as its word needs. `new`: the first one is."""
     needs = [text_width(label, SMALLEST) + 0.09 for label in labels]
     more = (box.w - GAP * (len(labels) - 1) - sum(needs)) / len(labels)
     starts = np.cumsum([box.x, *(need + more + GAP for need in needs)])
-    return [c.box(float(x), box.y, need + more, box.h, label, modality=modality, size=SMALLEST)
-            for x, label, need in zip(starts, labels, needs, strict=False)]  # fmt: skip
+    return [c.box(float(x), box.y, need + more, box.h, label, modality=modality, size=SMALLEST, new=new and i == 0,
+                  tag="")
+            for i, (x, label, need) in enumerate(zip(starts, labels, needs, strict=False))]  # fmt: skip
 
 
 def vlmo_block() -> Figure:
@@ -1656,6 +1675,292 @@ def vlmo_stages(*, pictures: int = 9_500, sentences: int = 9_500, pairs: int = 1
         c.arrow(a, b)
     c.note(0.1, 0.16, "Hatched: frozen. Dotted: takes no part. Level arrows: the weights go on. MIM: masked image "
            "modelling, M where a patch is covered.", size=8.5, colour=QUIET)  # fmt: skip
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BLIP
+
+
+def blip_overview(image: Any = None) -> Figure:
+    """The whole BLIP (paper, Fig. 2): a ViT, and one text transformer in three modes; what ALBEF has not is green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house.
+    """
+    c = Canvas(WIDTH, 8.28)
+    w, h = 2.04, 0.42
+    y_say, y_in, y_embed, y_attn, y_cross, y_ffn = 1.62, 2.14, 2.64, 3.3, 3.98, 4.66
+    y_states, y_head, y_out, y_loss, y_name = 5.48, 6.04, 6.68, 7.2, 8.08
+    bus, low, high = 1.48, y_attn - 0.14, y_ffn + h + 0.14  # below everything; where the blocks begin and end
+    modes = (  # name, what it does, x, first token, modality of its states, its loss, what that asks, what comes out
+        ("text encoder", "a text alone", 1.38, "[CLS]", "text", "ITC",
+         "whose text, whose picture?", "Teacher, queue as in lesson 05\nOut: vectors (B, E), for search"),
+        ("image-grounded encoder", "a text read with a picture", 3.66, "[ENC]", "fused", "ITM",
+         "does the text fit?", "B true pairs and 2 B wrong ones\nOut: scores (3 B, 2), to re-rank"),
+        ("image-grounded decoder", "a text written about a picture", 6.06, "[DEC]", "fused", "LM",
+         "which word is next?", "Told from the words before it\nOut: scores (B, L, V), to write"),
+    )  # fmt: skip
+
+    # The picture, once for all.
+    x, wide = 0.1, 0.98
+    for left, right in ((x - 0.06, x + wide + 0.06), (modes[0][2] - 0.06, WIDTH - 0.04)):
+        ground = Rectangle((left, low), right - left, high - low, facecolor="#F5F5F5", edgecolor="none", zorder=0)
+        c.ax.add_patch(ground)
+    seen = _patched(c, x + 0.09, y_say - 0.5, 0.8, _example_picture() if image is None else picture(image), 4)
+    tokens = _ragged(c, Box(x, y_in, wide, 0.28), ("CLS", "1", "…", "N"), "image")
+    c.arrow(seen, Box(x, tokens[0].y, wide, 0.28))
+    looks = c.box(x, y_attn, wide, h, "self-attention", modality="image", size=9)
+    each = c.box(x, y_ffn, wide, h, "FFN", modality="image", size=9.5)
+    for token in tokens:
+        c.arrow(token, looks)
+    c.arrow(looks, each)
+    states = _ragged(c, Box(x, y_states, wide, 0.28), ("CLS", "1", "…", "N"), "image")
+    for state in states:
+        c.arrow((state.x + state.w / 2, each.y + h), state)
+    c.note(x, y_name, "ViT", weight="bold", size=10)
+    c.note(x, y_name - 0.22, "looks once", size=8.5, colour=QUIET)
+    unit = c.box(x, y_head, wide, h, "linear,\nlength 1", modality="image", size=8.5)
+    c.arrow((states[0].x + states[0].w / 2, y_states + 0.28), (states[0].x + states[0].w / 2, y_head))
+    whole = c.frame(x - 0.06, y_states - 0.07, wide + 0.12, 0.42, modality="image")
+
+    # One text transformer, three times.
+    crosses = []
+    for name, what, x, first, kind, objective, question, out in modes:
+        written = objective == "LM"
+        labels = [first, "a", "red", "house"] + ["[SEP]"] * (not written)
+        c.note(x, y_name, name, weight="bold", size=10)
+        c.note(x, y_name - 0.22, what, size=8.5, colour=QUIET)
+        said = c.box(x, y_say, w, 0.28, "“a red house”", modality="text", size=9)
+        embed = c.box(x, y_embed, w, 0.34, "words + positions, LayerNorm", shared=True, size=8.5)
+        tokens = _ragged(c, Box(x, y_in, w, 0.28), labels, "text", new=first != "[CLS]")
+        c.arrow(said, Box(x, y_in, w, 0.28))
+        for token in tokens:
+            c.arrow(token, embed)
+        way = "causal self-attention" if written else "self-attention, both ways"
+        attention = c.box(x, y_attn, w, h, way, modality="causal" if written else "text", shared=not written,
+                          new=written, tag="", size=9.5)  # fmt: skip
+        ffn = c.box(x, y_ffn, w, h, "FFN", shared=True, size=9.5)
+        c.arrow(embed, attention)
+        if objective == "ITC":
+            c.arrow(attention, ffn)
+            c.note(x + w / 2 + 0.1, y_cross + h / 2, "no picture:\npassed by", size=8.5, colour=QUIET)
+        else:
+            crosses.append(c.box(x, y_cross, w, h, "cross-attention", modality="fused", shared=True, size=9.5))
+            c.arrow(attention, crosses[-1])
+            c.arrow(crosses[-1], ffn)
+        done = _ragged(c, Box(x, y_states, w, 0.28), labels, kind)
+        for state in done:
+            c.arrow((state.x + state.w / 2, ffn.y + h), state)
+        heads = {"ITC": "linear, length 1", "ITM": "linear D → 2", "LM": "LM head: D → V"}
+        if written:
+            head = c.box(x, y_head, w, h, heads[objective], modality=kind, size=9)
+            following = [c.box(state.x, y_out, state.w, 0.28, word, modality="text", size=SMALLEST)
+                         for state, word in zip(done, [*labels[1:], "[SEP]"], strict=True)]  # fmt: skip
+            loss = c.loss(x, y_loss, w, objective, new=True)
+            for state, word in zip(done, following, strict=True):
+                c.arrow(state, head)
+                c.arrow((word.x + word.w / 2, head.y + h), word)
+                c.arrow(word, loss)
+        else:
+            head = c.box(x, y_head, 1.2, h, heads[objective], modality=kind, size=9)
+            c.arrow(done[0], head)
+            answers = ("a vector",) if objective == "ITC" else ("no", "yes")
+            loss = c.loss(x, y_loss, 1.2, objective)
+            for answer in _ragged(c, Box(x, y_out, 1.2, 0.28), answers, kind):
+                c.arrow(head, answer)
+                c.arrow(answer, loss)
+            if objective == "ITC":
+                c.arrow(unit, loss, start="top", end="left", bend=True)
+        c.note(x, 1.0, objective, weight="bold")
+        c.note(x + 0.36, 1.0, question, size=8.5)
+        c.note(x, 0.73, out, size=8.5)
+
+    # The picture's states go below the texts, and up between the two that ask them.
+    between = (crosses[0].x + w + crosses[1].x) / 2
+    level = y_cross + h / 2
+    down = whole.x + whole.w + 0.11
+    corners = ((down, whole.y + whole.h / 2), (down, bus), (between, bus), (between, level))
+    for a, b in pairwise((whole.side("right"), *corners)):
+        c.arrow(a, b, head=False, colour=EDGES["image"])
+    for cross, side in zip(crosses, ("right", "left"), strict=True):
+        c.arrow((between, level), cross.side(side), colour=EDGES["image"])
+    for x, levels in ((3.54, (y_embed + 0.17, y_attn + h / 2, y_ffn + h / 2)),
+                      (between, (y_ffn + h / 2,))):  # fmt: skip
+        for y in levels:
+            c.note(x, y, "=", ha="center", size=11, weight="bold")
+    c.note(modes[0][2], bus - 0.17, "the picture's states (B, 1+N, D'): keys and values", size=8.5,
+           colour=EDGES["image"])  # fmt: skip
+    c.note(0.1, 0.22, "Same name and colour in the grey, double outline and =: the very same weights. The grey is "
+           "repeated in every block; its LayerNorms and shortcuts are left out.", width=WIDTH - 0.2, size=8.5,
+           colour=QUIET)  # fmt: skip
+    c.note(0.1, 0.82, "Green: not in\nlesson 05.", size=8.5, colour=NEW)
+    return c.fig
+
+
+def blip_block() -> Figure:
+    """One block of BLIP's text transformer, post-norm (paper, 3.1; official code): the encoder's stream at the left,
+    the decoder's at the right; a box across both is one module for both."""
+    c = Canvas(WIDTH, 8.2)
+    left, w, gap, aside = 0.46, 2.02, 1.86, 0.26
+    right, wide = left + w + gap, 2 * w + gap
+    notes = left + wide + 0.4
+    room = WIDTH - 0.08 - notes
+    streams, centre = (left + w / 2, right + w / 2), left + wide / 2
+
+    def shared(y: float, h: float, text: str, modality: str = "neutral") -> Box:
+        box = c.box(left, y, wide, h, text, modality=modality, shared=True, size=9.5)
+        c.tag(right + 0.12, y + h, "shared", colour=EDGES["neutral"])
+        return box
+
+    # Before the first block: the same tables for both.
+    tables = shared(0.68, 0.36, "tables of words and positions, LayerNorm: once, below the first block")
+    for x, first in ((left, "[ENC]"), (right, "[DEC]")):
+        for token in _ragged(c, Box(x, 0.12, w, 0.28), (first, "a", "red", "house"), "text", new=True):
+            c.arrow(token, tables)
+
+    # Self-attention is each one's own, with its output layer and its LayerNorm.
+    leave, fan, top = 1.46, 1.62, 4.38
+    kept: list[Box] = []
+    for x, inner, name, kind, looks in (
+        (left, "right", "encoder: own", "text", "both ways"), (right, "left", "decoder: own", "causal", "back only"),
+    ):  # fmt: skip
+        new, middle = kind == "causal", x + w / 2
+        look = {"modality": kind, "new": new, "tag": "", "size": 9.5}
+        c.frame(x - 0.13 - aside * new, 1.3, w + 0.26 + aside, top - 1.3, name, modality=kind, new=new)
+        parts = c.tokens(x, 1.8, "qkv", kind, side=0.3, width=0.56, gap=0.17, size=9.5, new=range(3 * new))
+        attention = c.box(x, 2.4, w, 0.36, f"attention, looks {looks}", **look)
+        out = c.box(x, 2.98, w, 0.3, "output layer", **look)
+        plus = c.plus(middle, 3.56)
+        norm = c.box(x, 3.8, w, 0.28, "LayerNorm", **look)
+        c.arrow((middle, tables.y + tables.h), (middle, fan), head=False)
+        for part in parts:
+            c.arrow((middle, fan), part, start="right", end="bottom", bend=True)
+            c.arrow(part, attention)
+        for a, b in ((attention, out), (out, plus), (plus, norm)):
+            c.arrow(a, b)
+        c.arrow((middle, leave), plus, start=inner, end=inner, bend=True, middle=w / 2 + 0.06)
+        kept = parts[1:]
+
+    # While it writes, the decoder reads the newest word alone; keys and values of those before are kept.
+    both = c.frame(kept[0].x - 0.06, 1.74, kept[1].x + kept[1].w - kept[0].x + 0.12, 0.42, modality="causal")
+    cache = c.box(notes, 1.76, room, 1.0, "key/value cache:\nk and v of\n[DEC], a, red", new=True, size=9)
+    c.arrow((both.x + both.w, 1.95), (cache.x, 1.95), dashed=True)
+    c.arrow((cache.x, 2.58), (right + w, 2.58), dashed=True)
+    for y, text in (
+        (1.36, "Dashed: while it writes, the newest word alone is read, here house."),
+        (3.3, "Own: q, k, v, output layer and LayerNorm."),
+        (4.94, "Passed by when [CLS] leads the text. Here in every block, in lesson 05 in the last ones alone."),
+        (6.42, "One FFN for all three modes."),
+        (7.26, "Post-norm: add, then LayerNorm."),
+    ):  # fmt: skip
+        c.note(notes, y, text, width=room, size=8.5)
+    c.note(notes, 7.76, "Green:\nnot in lesson 05.", size=8.5, colour=NEW)
+
+    # From here on one module for both.
+    cross = shared(4.74, 0.4, "cross-attention with its output layer: words ask the picture", "fused")
+    first = shared(5.66, 0.28, "LayerNorm", "fused")
+    ffn = shared(6.24, 0.36, "FFN, D → 4 D → D")
+    second = shared(7.12, 0.28, "LayerNorm")
+    for below, module, norm, leave in ((4.08, cross, first, 4.54), (first.y + first.h, ffn, second, 6.08)):
+        for x, side in zip(streams, ("left", "right"), strict=True):
+            plus = c.plus(x, (module.y + module.h + norm.y) / 2)
+            c.arrow((x, below), (x, module.y))
+            c.arrow((x, module.y + module.h), plus)
+            c.arrow(plus, (x, norm.y))
+            c.arrow((x, leave), plus, start=side, end=side, bend=True, middle=w / 2 + 0.06)
+    for x, first_token in ((left, "[ENC]"), (right, "[DEC]")):
+        for token in _ragged(c, Box(x, 7.62, w, 0.28), (first_token, "a", "red", "house"), "fused"):
+            c.arrow((token.x + token.w / 2, second.y + second.h), token)
+
+    # What is asked.
+    seen = _patched(c, centre - 0.36, 2.2, 0.72, _example_picture(), 4)
+    states = c.box(centre - 0.46, 3.3, 0.92, 0.5, "states\n(B, 1+N, D')", modality="image", size=8.5)
+    c.arrow(seen, states, "ViT", side="right")
+    c.arrow(states, cross, "k, v", side="right")
+    return c.fig
+
+
+FLOWS = ("human", "web", "synthetic", "web kept", "synthetic kept", "in the end")  # the sets of pairs of CapFilt
+
+
+def capfilt(counts: Mapping[str, int] | None = None, *, false: Mapping[str, float] | None = None) -> Figure:
+    """CapFilt (paper, 3.3, Fig. 3) in five steps: how BLIP writes and filters texts for its own training.
+
+    `counts`: how many pairs each of `FLOWS` has, and `false`: which share of them is false, of all but "human", or of
+    some. Both stand at the arrows. Without them the arrows bear names alone.
+    """
+    if counts is not None and set(counts) != {*FLOWS}:
+        raise ValueError(f"counts has {', '.join(map(repr, counts)) or 'nothing'}: give one number for each of "
+                         f"{', '.join(map(repr, FLOWS))}")  # fmt: skip
+    for name, share in (false or {}).items():
+        if name not in FLOWS[1:] or not 0 <= share <= 1:
+            raise ValueError(f"false[{name!r}] is {share}: give a share from 0 to 1, of all but 'human'")
+
+    def numbers(name: str) -> list[str]:
+        """What is known of a set of pairs."""
+        size = [f"{int(counts[name]):,} pairs"] if counts is not None else []
+        return size + ([f"{100 * false[name]:.0f} % false"] if name in (false or {}) else [])
+
+    def told(x: float, y: float, words: str, name: str = "", *, join: str = "\n") -> None:
+        """At the point (x, y) of a level arrow: above it what passes, and below it how many."""
+        c.note(x, y + 0.05, words, size=8.5, ha="center", va="bottom")
+        if name and numbers(name):
+            c.note(x, y - 0.06, join.join(numbers(name)), size=8.5, ha="center", va="top")
+
+    def beside(x: float, y: float, words: str, name: str) -> None:
+        """The same at the right of an upright arrow."""
+        c.note(x + 0.08, y, "\n".join([words, *numbers(name)]), size=8.5)
+
+    c = Canvas(WIDTH, 6.9)
+    x, w, h, gap = 2.5, 2.1, 1.0, 0.66  # the column of models
+    y_last, y_filter = 0.62, 2.42
+    y_first = y_filter + h + gap
+    y_captioner = y_first + h + gap
+    height = y_captioner + h - y_filter
+    human = c.box(0.1, y_filter, 1.2, height, "human\n(I_h, T_h)", modality="pair", weight="bold")
+    web = c.box(5.72, y_filter + 0.5, 1.0, height - 0.84, "web\n(I_w, T_w)", modality="pair", weight="bold")
+    captioner, first, judge = (
+        c.box(x, y, w, h, words, modality="fused") for y, words in (
+            (y_captioner, "② captioner:\na copy of ①, tuned\nwith LM"),
+            (y_first, "① BLIP, pre-trained\non D = human + web with\nITC + ITM + LM"),
+            (y_filter, "② filter:\na copy of ①, tuned\nwith ITC + ITM"),
+        )
+    )  # fmt: skip
+    written = c.box(7.08, y_first - 0.15, 1.04, h + 0.3, "synthetic\n(I_w, T_s)", modality="pair", weight="bold")
+    data = c.box(1.9, y_last, 3.3, 0.72, "D′ = human + web kept\n+ synthetic kept", modality="pair", weight="bold")
+    last = c.box(WIDTH - 1.4, y_last, 1.3, 0.72, "⑤ a new BLIP, pre-trained on D′", modality="fused")
+
+    # What models learn from.
+    for model in (captioner, first, judge):
+        c.arrow(human, model, dashed=True)
+        told((human.x + human.w + x) / 2, model.y + h / 2, "(I_h, T_h)", "human")
+    c.arrow(web, first, dashed=True)
+    c.arrow(data, last, dashed=True)
+    between = (x + w + web.x) / 2
+    told(between, y_first + h / 2, "(I_w, T_w)", "web")
+    told((data.x + data.w + last.x) / 2, y_last + 0.36, "in the end", "in the end")
+    for copy in (captioner, judge):
+        c.arrow(first, copy, "weights", colour=EDGES["fused"], side="right", size=8.5)
+
+    # What goes through them.
+    c.arrow((web.x, y_captioner + 0.36), (x + w, y_captioner + 0.36))
+    told(between, y_captioner + 0.36, "I_w alone")
+    c.arrow(captioner, written, start="right", end="top", bend=True, at=(0.84, 0.5))
+    told((x + w + written.x) / 2, captioner.y + 0.84 * h, "③ writes T_s")
+    c.arrow((web.x, y_filter + 0.78), (x + w, y_filter + 0.78))
+    told(between, y_filter + 0.78, "(I_w, T_w)", "web")
+    c.arrow(written, judge, start="bottom", end="right", bend=True, at=(0.5, 0.16))
+    told(6.2, y_filter + 0.16 * h, "(I_w, T_s)", "synthetic", join=", ")
+    for at, name in ((x + 0.2, "web kept"), (x + 1.6, "synthetic kept")):
+        c.arrow((at, judge.y), (at, data.y + data.h))
+        beside(at, (judge.y + data.y + data.h) / 2, f"④ {name}", name)
+    c.arrow(human, data, start="bottom", end="left", bend=True)
+    beside(human.x + human.w / 2, 1.88, "(I_h, T_h)", "human")
+    note = (
+        "Dashed: a model learns from it. Solid: it goes through. I: pictures, T: texts; h: by hand, w: as found on the "
+        "web, s: synthetic." + " False: contradicts its picture or says nothing of it." * bool(false)
+    )
+    c.note(0.1, 0.24, note, width=WIDTH - 0.2, size=8.5, colour=QUIET)
     return c.fig
 
 

@@ -143,7 +143,7 @@ def cloze(captions: Sequence[str], tokenizer: Tokenizer, facts: Mapping[str, str
     groups = tokenizer.word_groups(ids)
     rows, answers = [], []
     for row, caption in enumerate(captions):
-        words = re.findall(r"\w+|[^\w\s]", caption.lower())  # the words that BERT's rules make: their numbers agree
+        words = split_words(caption)  # the words that BERT's rules make: their numbers agree
         hidden = next((k for k, word in enumerate(words) if word in facts), None)
         if hidden is not None:
             rows.append(row)
@@ -171,6 +171,44 @@ def filled_in(
 def cloze_accuracy(cloze: Cloze, words: Sequence[str]) -> float:
     """Share of the hidden words that were filled in with a name of the right fact."""
     return sum(cloze.facts.get(word) == answer for word, answer in zip(words, cloze.answers, strict=True)) / len(words)
+
+
+def split_words(text: str) -> list[str]:
+    """A text's words and punctuation marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n (Li et al. 2016, arXiv:1510.03055): different n-grams of words / all n-grams, over all texts together.
+
+    It falls as texts are added, so compare equally many. 0.0 where no text has n words.
+    """
+    words = [split_words(text) for text in texts]
+    ngrams = [tuple(text[k : k + n]) for text in words for k in range(len(text) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def unique(texts: Sequence[str]) -> float:
+    """Different texts / all texts; 0.0 where there are none."""
+    return len(set(texts)) / len(texts) if texts else 0.0
+
+
+def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU-4 of a whole corpus (Papineni et al. 2002), 0..1: `references` has one or more right captions per text.
+
+    Not smoothed, as in the paper: 0.0 where not a single 4-gram is right. Case does not count. Raises ValueError if
+    there is no text, or one without references.
+    """
+    from sacrebleu.metrics import BLEU  # not at the top: it takes a fifth of a second, which few who come here need
+
+    if not texts or len(texts) != len(references) or not all(references):
+        raise ValueError(f"{len(texts)} texts need as many lists of references, none of them empty")
+    most = max(map(len, references))
+    # sacrebleu wants the first reference of every text, then the second, ...; None where a text has fewer
+    columns = [[several[k] if k < len(several) else None for several in references] for k in range(most)]
+    # `force` leaves out its warning that texts look tokenised: one of a full stop with a space before it
+    score = BLEU(lowercase=True, smooth_method="none", force=True).corpus_score(texts, columns).score
+    return min(score / 100, 1.0)  # all right is 100.00000000000004
 
 
 def peak_memory(step: Callable[[], object], *, device: torch.device) -> int:

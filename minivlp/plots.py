@@ -263,6 +263,72 @@ def partner_pictures(
     return picture_grid(sheets, [captions[i] for i in order], columns=len(columns), headings=[*columns], title=title)
 
 
+TEXT_COLOURS = (BLUE, "#7B3F98", "#8A5A00", "#5A6E75")  # of letters: each can be read on white
+
+
+def captioned_pictures(
+    images: Any, rows: Sequence[Sequence[tuple[str, str, bool | None]]], *, columns: int = 2,
+    marks: tuple[str, str] = ("kept", "dropped"), title: str | None = None,
+) -> Figure:  # fmt: skip
+    """Pictures with several texts beside each, and what was decided about every text.
+
+    `images` are N pictures, as for `picture_grid`. `rows` has the texts of each: (label, text, verdict), where the
+    label says whose text it is and has its own colour, and the verdict is True (a tick and the first of `marks`),
+    False (a cross and the second), or None, without a mark. Long texts are wrapped.
+    """
+    shown = _pictures(images)
+    _same_length(rows, "rows", len(shown), "pictures")
+    if wrong := [i for i, row in enumerate(rows) if not row or any(len(entry) != 3 for entry in row)]:
+        raise ValueError(f"rows[{wrong[0]}] must be one text or more, each as (label, text, verdict)")
+    columns = min(columns, len(shown))
+    gap, margin, between, after = 0.22, 0.06, 0.12, 0.09  # inches: between cells, picture and text, two texts
+    cell = min((WIDTH - 2 * margin + gap) / columns - gap, 5.0)
+    side = _crisp(min(1.28, 0.45 * cell), shown[0].shape[1])
+    room = cell - side - between
+    width = columns * (cell + gap) - gap + 2 * margin
+    labels = list(dict.fromkeys(label for row in rows for label, _, _ in row))
+    colours = {label: TEXT_COLOURS[i % len(TEXT_COLOURS)] for i, label in enumerate(labels)}
+    signed = max(text_width(mark, SMALL) for mark in marks) + 0.3  # a mark and its square
+    if signed > 0.7 * room:
+        raise ValueError(f"there is no room for the marks {marks} in {columns} columns: choose shorter words, or fewer")
+    heads = {label: wrap(label, room - signed, SMALL, "bold") for label in labels}
+    texts = [[wrap(text, room, SMALL) for _, text, _ in row] for row in rows]
+    above = {label: text_height(head.count("\n") + 1, SMALL) + 0.01 for label, head in heads.items()}
+    below = [[text_height(text.count("\n") + 1, SMALL) for text in row] for row in texts]
+    needs = [sum(above[label] + height + after for (label, _, _), height in zip(row, heights, strict=True)) - after
+             for row, heights in zip(rows, below, strict=True)]  # fmt: skip
+    lines = [range(start, min(start + columns, len(shown))) for start in range(0, len(shown), columns)]
+    heights = [max(max(needs[i], side * shown[i].shape[0] / shown[i].shape[1]) for i in line) for line in lines]
+    heading = wrap(title, width - 2 * margin, 11, "bold") if title else ""
+    top = text_height(heading.count("\n") + 1, 11) + 0.08 if title else 0.0
+
+    fig = new_figure(width, sum(heights) + (len(lines) - 1) * gap + top + 2 * margin, layout="none")
+    ax = inch_axes(fig)
+    y = fig.get_figheight() - margin
+    ax.text(margin, y, heading, va="top", fontsize=11, weight="bold", parse_math=False)
+    y -= top
+    for line, height in zip(lines, heights, strict=True):
+        for k, i in enumerate(line):
+            x, h = margin + k * (cell + gap), side * shown[i].shape[0] / shown[i].shape[1]
+            ax.imshow(shown[i], extent=(x, x + side, y - h, y), aspect="auto")
+            x, at = x + side + between, y
+            for (label, _, verdict), text, tall in zip(rows[i], texts[i], below[i], strict=True):
+                style = {"color": colours[label], "fontsize": SMALL, "va": "top", "linespacing": 1.1,
+                         "parse_math": False}  # fmt: skip
+                ax.text(x, at, heads[label], weight="bold", **style)
+                if verdict is not None:
+                    mark, colour = MARKS[bool(verdict)]
+                    word = marks[not verdict]
+                    end = x + room - text_width(word, SMALL)
+                    _mark(ax, mark, colour, end - 0.2, at, side=0.14, size=8)
+                    ax.text(end, at, word, color=colour, va="top", fontsize=SMALL, parse_math=False)
+                ax.text(x, at - above[label], text, **style)
+                at -= above[label] + tall + after
+        y -= height + gap
+    ax.set(xlim=(0, width), ylim=(0, fig.get_figheight()))
+    return fig
+
+
 def _crisp(side: float, pixels: int) -> float:
     """`side` inches, or a little less if a picture of so many pixels then becomes an exact multiple of its size."""
     exact = int(100 * side / pixels) * pixels / 100
@@ -273,8 +339,13 @@ def _frame(ax: Axes, frame: Any, x: float, top: float, width: float, height: flo
     mark, colour = MARKS[bool(frame)] if isinstance(frame, bool | np.bool_) else ("", frame)
     ax.add_patch(Rectangle((x, top - height), width, height, fill=False, edgecolor=colour, linewidth=2.5))
     if mark:
-        ax.add_patch(Rectangle((x, top - 0.2), 0.2, 0.2, facecolor=colour, edgecolor=colour))
-        ax.text(x + 0.1, top - 0.1, mark, color="white", ha="center", va="center", fontsize=NORMAL, weight="bold")
+        _mark(ax, mark, colour, x, top)
+
+
+def _mark(ax: Axes, mark: str, colour: str, x: float, top: float, *, side: float = 0.2, size: float = NORMAL) -> None:
+    """A tick or a cross, white on a square of `side` inches, whose upper left corner is at (x, top)."""
+    ax.add_patch(Rectangle((x, top - side), side, side, facecolor=colour, edgecolor=colour))
+    ax.text(x + side / 2, top - side / 2, mark, color="white", ha="center", va="center", fontsize=size, weight="bold")
 
 
 def ranked_pictures(

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -18,6 +18,7 @@ from matplotlib.transforms import Bbox
 from minivlp import diagrams
 from minivlp.diagrams import Canvas
 from minivlp.lessons.vlmo import MAIN
+from minivlp.models.blip import MED, BLIPConfig
 from minivlp.models.vlmo import moves_in_stage_2
 from minivlp.plots import use_style
 
@@ -33,6 +34,10 @@ MASK = np.tril(np.ones((6, 6), bool))
 PAIR, PAIR_GROUPS = ["[CLS]", "a", "cat", "[SEP]", "CLS", "1", "2", "3", "4"], ["text"] * 4 + ["image"] * 5
 SAME = np.equal.outer(PAIR_GROUPS, PAIR_GROUPS)
 BLOCKS = {"all\n(single stream)": SAME | True, "cross\n(cross-attention)": ~SAME, "separate\n(two encoders)": SAME}
+
+COUNTS = {"human": 2_000, "web": 4_000, "synthetic": 3_998, "web kept": 2_610, "synthetic kept": 2_904,
+          "in the end": 7_514}  # fmt: skip
+FALSE = {"web": 0.43, "synthetic": 0.31, "web kept": 0.12, "synthetic kept": 0.174, "in the end": 0.1}
 
 DRAWINGS = {
     "legend_strip": diagrams.legend_strip,
@@ -94,6 +99,13 @@ DRAWINGS = {
     ),
     "vlmo_stages": diagrams.vlmo_stages,
     "vlmo_stages large": lambda: diagrams.vlmo_stages(pictures=14_000_000, sentences=800_000_000, pairs=10_000_000),
+    "blip_overview": diagrams.blip_overview,
+    "blip_overview picture": lambda: diagrams.blip_overview(np.zeros((3, 32, 64), np.uint8)),
+    "blip_block": diagrams.blip_block,
+    "capfilt": diagrams.capfilt,
+    "capfilt counts": lambda: diagrams.capfilt(COUNTS, false=FALSE),
+    "capfilt large": lambda: diagrams.capfilt(dict.fromkeys(COUNTS, 129_000_000), false=dict.fromkeys(FALSE, 1.0)),
+    "capfilt shares": lambda: diagrams.capfilt(false={"web": 0.43}),
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -630,6 +642,156 @@ def test_the_stages_freeze_what_the_code_freezes_and_name_the_courses_data():
     assert {"11 pictures, no texts", "2,222 texts, no pictures", "3 pictures with texts"} <= others
 
 
+MODES = ["text encoder", "image-grounded encoder", "image-grounded decoder"]
+
+
+def fills(fig: Figure, name: str) -> list[tuple[float, float, float]]:
+    """The colours of the boxes that bear these words, from left to right."""
+    gids = {t.get_gid() for t in words(fig) if " ".join(t.get_text().split()) == name}
+    found = [p for p in fig.findobj(FancyBboxPatch) if p.get_gid() in gids]
+    return [to_rgb(p.get_facecolor()[:3]) for p in sorted(found, key=lambda p: p.get_window_extent().x0)]
+
+
+def test_blip_has_one_colour_for_the_same_weights_and_marks_what_lesson_05_has_not():
+    fig = diagrams.blip_overview()
+    both, causal, cross, ffn = (fills(fig, name) for name in (
+        "self-attention, both ways", "causal self-attention", "cross-attention", "FFN"))  # fmt: skip
+    assert [len(both), len(causal), len(cross), len(ffn)] == [2, 1, 2, 4]  # the ViT has an FFN, too
+    parts = [set(both), set(causal), set(cross), set(ffn[1:])]
+    assert all(len(part) == 1 for part in parts) and len(set.union(*parts, {ffn[0]})) == 5
+    tables = "words + positions, LayerNorm"
+    shared = ["self-attention, both ways"] * 2 + ["cross-attention"] * 2 + ["FFN"] * 3 + [tables] * 3
+    assert sorted(" ".join(text.split()) for text in boxes(fig, shared=True)) == sorted(shared)
+    assert boxes(fig, new=True) == ["[ENC]", "[DEC]", "causal self-attention", "LM"]
+
+
+def test_the_three_modes_of_blip_differ_in_what_they_read_ask_and_are_asked():
+    fig = diagrams.blip_overview()
+    _, *modes = columns(fig, ["ViT", *MODES])
+    layers = {"self-attention, both ways", "causal self-attention", "cross-attention", "FFN"}
+    order = [sorted(layers & set(mode), key=lambda name, mode=mode: mode[name][0].y0) for mode in modes]
+    assert order == [
+        ["self-attention, both ways", "FFN"],
+        ["self-attention, both ways", "cross-attention", "FFN"],
+        ["causal self-attention", "cross-attention", "FFN"],
+    ]
+    firsts, losses = ([every & set(mode) for mode in modes] for every in (
+        {"[CLS]", "[ENC]", "[DEC]"}, {"ITC", "ITM", "LM"}))  # fmt: skip
+    assert firsts == [{"[CLS]"}, {"[ENC]"}, {"[DEC]"}] and losses == [{"ITC"}, {"ITM"}, {"LM"}]
+    below = {t.get_text(): extent(t) for t in words(fig) if t.get_text() in ("ITC", "ITM", "LM") and not t.get_gid()}
+    for name, mode in zip(("ITC", "ITM", "LM"), modes, strict=True):  # said again beneath its column
+        assert below[name].y1 < mode["“a red house”"][0].y0 and abs(below[name].x0 - mode["FFN"][0].x0) < 5
+    assert {("linear, length 1", "ITC"), ("a vector", "ITC"), ("CLS", "linear, length 1"), ("no", "ITM"),
+            ("yes", "ITM"), ("[CLS]", "linear, length 1"), ("[ENC]", "linear D → 2")} <= joined(fig)  # fmt: skip
+    rows: dict[int, list[tuple[float, str]]] = {}
+    for name in ("[DEC]", "a", "red", "house", "[SEP]"):
+        for box in modes[2].get(name, []):
+            rows.setdefault(round(box.y0), []).append((box.x0, name))
+    read, states, told = ([name for _, name in sorted(rows[y])] for y in sorted(rows))
+    assert read == states and told == [*read[1:], "[SEP]"]  # each token tells the next one
+    starts = [[x for x, _ in sorted(rows[y])] for y in sorted(rows)]
+    assert starts[1] == starts[2]
+
+
+def test_the_pictures_states_reach_both_cross_attentions_and_no_other_part_of_the_text_transformer():
+    fig = diagrams.blip_overview()
+    blue = to_rgb(diagrams.EDGES["image"])
+    routes = [line.get_transform().transform(line.get_xydata()) for line in fig.findobj(Line2D)
+              if line.get_gid() == "arrow" and to_rgb(line.get_color()) == blue]  # fmt: skip
+    *path, to_encoder, to_decoder = routes
+    assert all(np.abs(a[-1] - b[0]).max() < 1 for a, b in itertools.pairwise(path))  # one line from end to end
+    left, right = sorted(placed(fig)["cross-attention"], key=lambda b: b.x0)
+    (vit,) = [box for box in placed(fig)["FFN"] if box.x0 < 20]
+    assert vit.y1 < path[0][0][1] and path[0][0][0] < left.x0
+    for route, side, box in ((to_encoder, left.x1, left), (to_decoder, right.x0, right)):
+        assert np.abs(route[0] - path[-1][-1]).max() < 1
+        assert abs(route[-1][0] - side) < 10 and box.y0 < route[-1][1] < box.y1
+    others = [box for name, found in placed(fig).items() for box in found]
+    assert not any(Path(route).intersects_bbox(box, filled=False) for route in path for box in others)
+
+
+def test_the_drawn_block_shares_what_the_code_shares():
+    fig = diagrams.blip_block()
+    text = MED(BLIPConfig(image_width=16, text_width=16, text_depth=1, image_heads=2, text_heads=2))
+    encoder, decoder = text.encoder[0], text.decoder[0]
+    names = ["attn", "norm1", "cross", "mlp", "norm2"]
+    same = [name for name in names if getattr(encoder, name) is getattr(decoder, name)]
+    drawn = {"tables of words and positions, LayerNorm: once, below the first block": "embed",
+             "cross-attention with its output layer: words ask the picture": "cross", "FFN, D → 4 D → D": "mlp",
+             "LayerNorm": "norm2"}  # fmt: skip
+    shared = [drawn[" ".join(t.split())] for t in boxes(fig, shared=True)]
+    assert shared == ["embed", "cross", "norm2", "mlp", "norm2"]  # the first LayerNorm is cross-attention's own
+    assert set(shared) - {"embed"} == set(same) and text.decoder_embed is text.embed
+    assert encoder.cross.norm is decoder.cross.norm
+    assert [t.get_text() for t in words(fig)].count("shared") == len(shared)
+    frames = sorted((p.get_window_extent() for p in fig.findobj(FancyBboxPatch)
+                     if p.get_linestyle() not in ("-", "solid") and p.get_window_extent().height > 200),
+                    key=lambda b: b.x0)  # fmt: skip
+    for frame, kind, looks in zip(frames, ("text", "causal"), ("both ways", "back only"), strict=True):
+        inside = {name for name, found in placed(fig).items() if any(_contains(frame, box) for box in found)}
+        assert inside == {"q", "k", "v", f"attention, looks {looks}", "output layer", "LayerNorm"}
+        shapes = [p for p in fig.findobj(FancyBboxPatch) if p.get_gid() and _contains(frame, p.get_window_extent())]
+        assert len(shapes) == len(inside) and all(is_filled(p, kind) for p in shapes)
+    new = ["[ENC]", "[DEC]", "q", "k", "v", "attention, looks back only", "output layer", "LayerNorm"]
+    assert boxes(fig, new=True)[:-1] == new and boxes(fig, new=True)[-1].startswith("key/value cache")
+
+
+def test_a_block_adds_before_it_normalises_and_its_cache_stands_beside_the_decoder():
+    fig = diagrams.blip_block()
+    circles = sorted((p.get_window_extent() for p in fig.findobj(Circle)), key=lambda b: (round(b.x0), b.y0))
+    order = [name for name, _ in sorted(
+        ((name, box) for name, found in placed(fig).items() for box in found if box.x0 < 60 and box.width > 150),
+        key=lambda pair: pair[1].y0)]  # fmt: skip
+    assert [name.split(",")[0].split(" with")[0] for name in order] == [
+        "tables of words and positions", "attention", "output layer", "LayerNorm", "cross-attention", "LayerNorm",
+        "FFN", "LayerNorm",
+    ]  # fmt: skip
+    heights = sorted(box.y0 for box in placed(fig)["LayerNorm"] if box.x0 < 60)
+    assert len(circles) == 6
+    for stream in (circles[:3], circles[3:]):
+        assert all(0 < norm - plus.y1 < 15 for plus, norm in zip(stream, heights, strict=True))
+    (cache,) = placed(fig)["key/value cache: k and v of [DEC], a, red"]
+    (attention,) = placed(fig)["attention, looks back only"]
+    dashed = [line.get_transform().transform(line.get_xydata()) for line in fig.findobj(Line2D)
+              if line.get_gid() == "arrow" and line.get_linestyle() == "--"]  # fmt: skip
+    into, out = sorted(dashed, key=lambda route: route[0][0])
+    (k, v) = (max(placed(fig)[name], key=lambda box: box.x0) for name in "kv")
+    assert k.x1 < v.x1 < into[0][0] < into[-1][0] < cache.x0 and v.y0 < into[0][1] < v.y1
+    assert abs(out[0][0] - cache.x0) < 1 and abs(out[-1][0] - attention.x1) < 10
+    assert attention.y0 < out[-1][1] < attention.y1
+
+
+def test_capfilt_tunes_two_copies_and_trains_a_new_model_on_what_is_kept():
+    fig = diagrams.capfilt()
+    short = {name: name.split(",")[0].split(":")[0].split(" =")[0].split(" (")[0] for name in placed(fig)}
+    arrows, learns = ({(short[a], short[b]) for a, b in joined(fig, look=look)} for look in ("", "dashed"))
+    assert learns == {("human", "② captioner"), ("human", "① BLIP"), ("human", "② filter"), ("web", "① BLIP"),
+                      ("D′", "⑤ a new BLIP")}  # fmt: skip
+    assert arrows - learns == {("① BLIP", "② captioner"), ("① BLIP", "② filter"), ("web", "② captioner"),
+                               ("② captioner", "synthetic"), ("web", "② filter"), ("synthetic", "② filter"),
+                               ("② filter", "D′"), ("human", "D′")}  # fmt: skip
+    tuned = {short[name]: name.rsplit("with ")[-1] for name in placed(fig) if "with" in name}
+    assert tuned == {"② captioner": "LM", "① BLIP": "ITC + ITM + LM", "② filter": "ITC + ITM"}
+    assert not any(text in t.get_text() for t in words(fig) for text in ("pairs", "%", "False"))
+
+
+def test_capfilt_prints_each_number_at_its_own_arrow():
+    counts = {"human": 11, "web": 2_222, "synthetic": 333, "web kept": 44, "synthetic kept": 55, "in the end": 110}
+    false = {"web": 0.61, "synthetic": 0.62, "web kept": 0.63, "synthetic kept": 0.64, "in the end": 0.65}
+    texts = [t.get_text() for t in words(diagrams.capfilt(counts, false=false))]
+    assert texts.count("11 pairs") == 3 and "(I_h, T_h)\n11 pairs" in texts
+    assert texts.count("2,222 pairs\n61 % false") == 2 and "333 pairs, 62 % false" in texts
+    assert {"④ web kept\n44 pairs\n63 % false", "④ synthetic kept\n55 pairs\n64 % false"} <= set(texts)
+    fig = diagrams.capfilt(counts, false=false)
+    at = {t.get_text(): extent(t) for t in words(fig)}
+    end, model = at["110 pairs\n65 % false"], placed(fig)["⑤ a new BLIP, pre-trained on D′"][0]
+    data = placed(fig)["D′ = human + web kept + synthetic kept"][0]
+    assert data.x1 < end.x0 < end.x1 < model.x0 and model.y0 < end.y1 < model.y1
+    some = {t.get_text() for t in words(diagrams.capfilt(false={"web kept": 0.126}))}
+    assert "④ web kept\n13 % false" in some and "④ synthetic kept" in some
+    assert any("False: contradicts" in " ".join(text.split()) for text in some)
+
+
 STRONG = to_rgb(diagrams.STRONG["fused"])
 
 
@@ -739,6 +901,12 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.vlmo_overview(words=("house",)), "three words"),
         (lambda: diagrams.vlmo_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
         (lambda: diagrams.vlmo_stages(sentences=0), "sentences=0: give the size of each stage"),
+        (lambda: diagrams.blip_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
+        (lambda: diagrams.capfilt({}), "counts has nothing: give one number for each of 'human', 'web'"),
+        (lambda: diagrams.capfilt({"human": 1}), "counts has 'human': give one number for each"),
+        (lambda: diagrams.capfilt({**COUNTS, "kept": 1}), "'kept': give one number for each"),
+        (lambda: diagrams.capfilt(COUNTS, false={"human": 0.1}), r"false\['human'\] is 0.1: .* all but 'human'"),
+        (lambda: diagrams.capfilt(false={"web": 43}), r"false\['web'\] is 43: give a share from 0 to 1"),
         (lambda: diagrams.clip_matrix(1), "choose n from 2 to 8"),
         (lambda: diagrams.clip_matrix(9), "choose n from 2 to 8"),
         (lambda: diagrams.legend_strip(["sound"]), "no entry 'sound'"),

@@ -15,9 +15,11 @@ from minivlp.evaluate import (
     accuracy,
     attention_distance,
     attention_shares,
+    bleu,
     cloze,
     cloze_accuracy,
     confusion,
+    distinct,
     filled_in,
     k_per_class,
     mean_and_spread,
@@ -26,6 +28,8 @@ from minivlp.evaluate import (
     probe_scores,
     recall_at,
     ridge_probe,
+    split_words,
+    unique,
 )
 from minivlp.models.cnn import ResNetConfig, SmallResNet
 
@@ -299,6 +303,65 @@ def test_attention_shares_by_hand_and_without_padded_askers():
     weights[:, :, 3, 1] = weights[:, :, 4, 4] = 1.0
     shares = attention_shares(weights, torch.tensor([[True, True, False]]))
     assert torch.allclose(shares, torch.tensor([0.375, 0.625, 0.5, 0.5]))
+
+
+# --- what was written ------------------------------------------------------------------------------------------------
+
+
+def test_words_are_split_at_spaces_and_punctuation():
+    assert split_words("A red cat, on\tthe beach.") == ["a", "red", "cat", ",", "on", "the", "beach", "."]
+    assert split_words(" ") == []
+
+
+def test_distinct_by_hand():
+    texts = ["a red cat", "A red dog", "wow"]
+    assert distinct(texts, 1) == 5 / 7  # a red cat dog wow
+    assert distinct(texts, 2) == 3 / 4  # "a red" twice; none goes on from one text into the next
+    assert distinct(texts, 3) == 1.0
+    assert distinct(texts, 4) == distinct([], 1) == distinct([""], 1) == 0.0
+    assert distinct(["a cat , a cat"], 2) == distinct(["a cat, a cat"], 2) == 3 / 4  # a cat, cat ,, , a
+
+
+def test_unique_by_hand():
+    assert unique(["a cat", "a dog", "a cat", "a cat"]) == 0.5
+    assert unique(["a cat"]) == 1.0 and unique([]) == 0.0
+
+
+def test_bleu_of_the_reference_itself_is_one():
+    texts = ["a red cat left of a ball", "two dogs, a house and a tree"]
+    assert bleu(texts, [[text] for text in texts]) == 1.0
+    assert bleu([text.upper() for text in texts], [["no", text] for text in texts]) == 1.0
+    assert bleu(["a red cat left of a ball"], [["two dogs on the beach"]]) == 0.0
+    assert bleu([""], [["a red cat left of a ball"]]) == 0.0
+
+
+def test_bleu_by_hand():
+    """Counts are clipped at a reference's own, and summed up over the corpus before anything is divided."""
+    texts = ["a a red cat near a ball", "two dogs"]
+    references = [["a red cat near a small red ball"], ["two big dogs", "dogs on the beach today"]]
+    # 1: "a" counts twice, not three times; 2: all but "a a", "a ball" and "two dogs"; 3 and 4: what lies in
+    # "a red cat near a". 9 words, where the references of the nearest length have 8 + 3.
+    shares, brevity = ((6 + 2) / (7 + 2), (4 + 0) / (6 + 1), 3 / 5, 2 / 4), math.exp(1 - 11 / 9)
+    assert bleu(texts, references) == pytest.approx(brevity * math.prod(shares) ** (1 / 4), rel=1e-12)
+    # One more reference allows "a" three times and "a a" once. The nearest length is still 8.
+    shares = (9 / 9, 5 / 7, 3 / 5, 2 / 4)
+    more = [[*references[0], "a a a"], references[1]]
+    assert bleu(texts, more) == pytest.approx(brevity * math.prod(shares) ** (1 / 4), rel=1e-12)
+    # Texts longer than their references are not punished beyond their shares.
+    assert bleu(["a red cat on a mat"], [["a red cat on a"]]) == pytest.approx((5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25)
+    assert bleu(["two red dogs here"], [["two red dogs there"]]) == 0.0  # no 4-gram is right, and nothing is smoothed
+
+
+def test_bleu_takes_any_number_of_references_but_none(caplog):
+    texts, references = ["a red cat on a mat"] * 120, [["a red cat on a mat"]] * 119
+    assert bleu(texts, [*references, ["x", "a red cat on a mat", "y"]]) == 1.0
+    assert bleu([f"{text} ." for text in texts], [["a red cat on a mat."]] * 120) == 1.0
+    assert not caplog.records  # sacrebleu keeps its advice to itself
+    for wrong in (references, [*references, []]):
+        with pytest.raises(ValueError, match="120 texts need as many lists of references"):
+            bleu(texts, wrong)
+    with pytest.raises(ValueError, match="0 texts"):
+        bleu([], [])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from minivlp.data import (
     Tokenizer,
     TokenTable,
     load_pairs,
+    load_picture,
     pairs,
     to_tensors,
 )
@@ -783,3 +784,25 @@ def test_importing_the_package_does_not_import_datasets():
 
     code = "import sys, minivlp.data; sys.exit('datasets' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+# ---- one picture of one's own ----
+
+
+def test_load_picture_gives_the_middle_square(tmp_path):
+    wide = np.zeros((40, 80, 3), dtype=np.uint8)
+    wide[:, 20:60] = (200, 100, 50)  # exactly the middle square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    picture = load_picture(tmp_path / "wide.png", image_size=40)
+    assert picture.shape == (3, 40, 40) and picture.dtype == torch.uint8
+    assert picture.flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
+    assert load_picture(str(tmp_path / "wide.png")).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(("content", "fault"), [(b"this is no picture", "an unreadable picture"), (None, "missing")])
+def test_load_picture_says_what_is_wrong(tmp_path, content, fault):
+    path = tmp_path / "mine.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"mine\.jpg is .*{fault}.*give the path of a JPEG or PNG file"):
+        load_picture(path)

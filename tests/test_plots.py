@@ -56,6 +56,7 @@ GALLERIES = {"fusion": [8, 16, 32, 64], "dual": [64, 128, 256, 512, 1000]}
 SECONDS = {"fusion": [0.02, 0.07, 0.26, 1.1], "dual": [0.09, 0.11, 0.25, 0.43, 0.9]}
 STARTS = {start: seeds(["pictures found", "statements about two pictures"], 3)
           for start in ("nothing", "image", "text", "image + text")}  # fmt: skip
+JUDGED = [("web", LONG, True), ("synthetic", "an umbrella", False), ("human", "$1 or $2 of a_b", None)]
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
     "pictures": lambda: plots.picture_grid(
@@ -63,6 +64,15 @@ PLOTS = {
     ),
     "pictures, few": lambda: plots.picture_grid([Image.new("RGB", (40, 20))], [LONG], frames=["#0072B2"], title=LONG),
     "pictures, floats": lambda: plots.picture_grid(PICTURES.float() / 127.5 - 1),
+    "captioned": lambda: plots.captioned_pictures(
+        PICTURES[:5], [JUDGED, JUDGED[:1], JUDGED[1:], JUDGED[2:], JUDGED * 2], title=LONG * 2
+    ),
+    "captioned, one": lambda: plots.captioned_pictures(
+        [Image.new("RGB", (40, 20))], [[(LONG, LONG * 3, True), ("", "", False)]], marks=("right", "wrong")
+    ),
+    "captioned, three columns": lambda: plots.captioned_pictures(
+        PICTURES[:3].float() / 127.5 - 1, [JUDGED, [(LONG, LONG, False)], JUDGED[:2]], columns=3
+    ),
     "patches": lambda: plots.patch_grid(PICTURES[0], 4),
     "patches, many": lambda: plots.patch_grid(PICTURES[0].numpy().repeat(4, 1).repeat(4, 2), 4),
     "masked": lambda: plots.masked_pictures(
@@ -273,6 +283,51 @@ def test_right_and_wrong_have_a_mark_beside_their_colour():
     assert marks == ["✓", "✗"]
     edges = {to_hex(p.get_edgecolor()).upper() for p in fig.findobj(Rectangle) if not p.get_fill()}
     assert edges == {plots.RIGHT.upper(), plots.WRONG.upper()}
+
+
+def test_each_picture_has_its_own_texts_beside_it_and_verdicts_in_words_and_marks():
+    rows = [[("web", f"a web text {LONG} {i}", i % 2 == 0), ("synthetic", f"written {i}", None)] for i in range(5)]
+    rows[3].append(("synthetic", "another", np.bool_(False)))
+    fig = plots.captioned_pictures(PICTURES[:5], rows)
+    ax, texts = fig.axes[0], words(fig)
+    places = [image.get_window_extent() for image in ax.images]
+    for image, original in zip(ax.images, PICTURES, strict=False):
+        np.testing.assert_array_equal(image.get_array(), plots.picture(original))
+    assert places[0].y1 == places[1].y1 > places[2].y1 > places[4].y1 and places[0].x0 == places[2].x0 == places[4].x0
+
+    def beside(i: int) -> list[Text]:
+        """What stands at the right of a picture, before the next one, in the order of drawing."""
+        right = min([p.x0 for p in places if p.x0 > places[i].x1], default=fig.bbox.x1)
+        low = max([p.y1 for p in places if p.y1 < places[i].y0], default=0)
+        mine = [(Text.get_window_extent(t), t) for t in texts]
+        mine = [(b, t) for b, t in mine if places[i].x1 < b.x0 < right and low < b.y0 < places[i].y1]
+        assert all(a.y1 > b.y1 - 5 for (a, _), (b, _) in itertools.pairwise(mine))  # from top to bottom
+        return [t for _, t in mine]
+
+    for i, row in enumerate(rows):
+        said = []
+        for label, text, verdict in row:
+            said += [label] + ([] if verdict is None else ["✓", "kept"] if verdict else ["✗", "dropped"]) + [text]
+        assert [" ".join(t.get_text().split()) for t in beside(i)] == said
+    colours = {t.get_text(): t.get_color() for t in texts}
+    assert colours["web"] == colours[next(text for text in colours if text.startswith("a web"))] != colours["synthetic"]
+    assert colours["written 0"] == colours["synthetic"] and colours["kept"] != colours["dropped"]
+    squares = [to_hex(p.get_facecolor()).upper() for p in ax.patches]
+    assert squares == [plots.RIGHT.upper(), plots.WRONG.upper()] * 2 + [plots.WRONG.upper(), plots.RIGHT.upper()]
+
+
+def test_long_texts_push_the_next_row_of_pictures_down():
+    def height(text: str) -> float:
+        return plots.captioned_pictures(PICTURES[:4], [[("web", text, True)] * 2] * 4).get_figheight()
+
+    assert height(LONG * 3) > height("one") + 4 * plots.text_height(3, plots.SMALL)
+
+
+def test_colours_of_texts_can_be_read_on_white():
+    for colour in (*plots.TEXT_COLOURS, plots.RIGHT, plots.WRONG):
+        light = np.dot([v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in _rgb(colour)],
+                       (0.2126, 0.7152, 0.0722))  # fmt: skip
+        assert 1.05 / (light + 0.05) > 4.5, colour
 
 
 def test_uint8_and_the_models_floats_are_the_same_picture():
@@ -716,6 +771,10 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.picture_grid(PICTURES.float()), "uint8, or floats in"),
         (lambda: plots.picture_grid(PICTURES, ["one"]), "captions has 1 entries for 24 pictures"),
         (lambda: plots.picture_grid(PICTURES, frames=[True]), "frames has 1 entries for 24 pictures"),
+        (lambda: plots.captioned_pictures(PICTURES, [JUDGED]), "rows has 1 entries for 24 pictures"),
+        (lambda: plots.captioned_pictures(PICTURES[:2], [JUDGED, []]), r"rows\[1\] must be one text or more"),
+        (lambda: plots.captioned_pictures(PICTURES[:1], [[("a", "b")]]), "each as .label, text, verdict."),
+        (lambda: plots.captioned_pictures(PICTURES[:9], [JUDGED] * 9, columns=9), "no room for the marks"),
         (lambda: plots.patch_grid(PICTURES[0], 5), "cannot be cut into whole 5x5 patches"),
         (lambda: plots.masked_pictures(PICTURES[:1], None, 5), "cannot be cut into whole 5x5 patches"),
         (lambda: plots.masked_pictures(PICTURES[:2], [[0]], 4), "keep has 1 entries for 2 pictures"),

@@ -173,6 +173,18 @@ def to_tensors(dataset: datasets.Dataset, *, image_size: int | None = None) -> P
     return PairTensors(images=torch.from_numpy(images), captions=captions, scenes=scenes)
 
 
+def load_picture(path: str | os.PathLike[str], *, image_size: int = 64) -> Tensor:
+    """A picture file of your own as the models want it: uint8 (3, S, S), its largest centred square, S = `image_size`.
+
+    Raises DataError if the file is missing, is no picture, or is too large.
+    """
+    try:
+        pixels = _open(os.fspath(path), at_least=image_size)
+    except _Unusable as fault:
+        raise DataError(f"{os.fspath(path)} is {fault}: give the path of a JPEG or PNG file") from fault
+    return torch.from_numpy(np.asarray(_square(pixels, image_size)).transpose(2, 0, 1).copy())
+
+
 class Batches:
     """Training batches by their number: `batches(step)` is always the same one, so a run can resume at any step.
 
