@@ -56,7 +56,8 @@ def keep_nucleus(scores: Tensor, p: float) -> Tensor:
     ordered, order = scores.sort(dim=-1, descending=True)
     chance = ordered.softmax(dim=-1)
     before = chance.cumsum(dim=-1) - chance  # of all more likely tokens
-    return scores.masked_fill((before >= p).scatter(-1, order, before >= p), float("-inf"))
+    outside = (before >= p) & (before > 0)  # of the first it is 0: even with p = 0 one is left
+    return scores.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
 
 
 @torch.no_grad()

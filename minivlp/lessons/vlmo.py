@@ -57,7 +57,7 @@ class Recipe:
     covered: float = 0.4  # of the patches, in stage 1
     text_share: float = 0.3  # of the words, hidden in stage 2 (the paper: 0.15 of much longer texts)
     text_levels: tuple[int, ...] = (1, 1, 2, 4)
-    steps: int = 600  # of stage 3
+    steps: int = 400  # of stage 3
     batch_size: int = 16  # pairs a step in stage 3
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -293,7 +293,7 @@ def moves_in_late_stage_1(name: str) -> bool:
 
 
 def fit_stage(model: VLMo, stage: str, recipe: Recipe, *, seed: int, progress: str | None, times: int = 3) -> History:
-    """Train one stage, "image", "text" or "pairs", in place."""
+    """Train one stage, "image", "text" or "pairs", in place; the last is looked at `times` during it."""
     data = pages(recipe, stage)
     make, loss, steps, lr = {
         "image": (ImageBatches, image_loss, recipe.image_steps, recipe.image_lr),
@@ -301,7 +301,9 @@ def fit_stage(model: VLMo, stage: str, recipe: Recipe, *, seed: int, progress: s
         "pairs": (PairBatches, loss_of(recipe), recipe.steps, recipe.lr),
     }[stage]
     batches = make(data.images if stage == "image" else data, recipe, seed=seed)
-    looks = {"evaluate": validation(recipe), "evaluate_every": max(1, steps // times)} if stage == "pairs" else {}
+    looks = {}
+    if stage == "pairs" and times:
+        looks = {"evaluate": validation(recipe), "evaluate_every": max(1, steps // times)}
     return fit(model, batches, loss, steps=steps, lr=lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup,
                betas=(0.9, 0.98), progress=progress and f"{progress}, {stage}", **looks)  # fmt: skip
 
@@ -468,21 +470,24 @@ def picture_accuracy(model: VLMo, recipe: Recipe, *, n: int = 300) -> float:
     return (guesses == codes_of(recipe, images)[hidden]).float().mean().item()
 
 
-def frozen_answers(model: VLMo, recipe: Recipe) -> dict[str, dict[str, float]]:
+def frozen_answers(model: VLMo, recipe: Recipe, *, n: int = 250) -> dict[str, dict[str, float]]:
     """Can a question be answered from two vectors? What `ridge_probe` reads from frozen states: the question's class
     token (D), the class tokens of picture and question side by side (2 D), or the pair's pooled token (D). Fitted on
-    the questions about the pages of stage 3 -> `answered_right` on the test questions, for each of the three."""
+    the questions about the pages of stage 3 -> `answered_right` on the questions about `n` test pages, for each of
+    the three."""
     device = next(model.parameters()).device
-    asked_of = asked("train", recipe.pairs), asked("test", 500)
+    asked_of = asked("train", recipe.pairs), asked("test", n)
     features: dict[str, list[Tensor]] = {}
     with evaluating(model):
-        for q, images in zip(asked_of, (pages(recipe, "pairs").images, pairs("test", 500).images), strict=True):
+        for q, images in zip(asked_of, (pages(recipe, "pairs").images, pairs("test", 1000).images), strict=True):
             parts: dict[str, list[Tensor]] = {"the question alone": [], "two class tokens": [], "the pooled pair": []}
+            seen = torch.cat([model.image_states(part.to(device), rows=1)[:, 0] for part in images.split(500)])  # once
             for rows in torch.arange(len(q.rows)).split(500):
-                batch = images[q.rows[rows]].to(device), q.ids[rows].to(device), q.mask[rows].to(device)
-                picture, question = model.image_states(batch[0], rows=1), model.text_states(*batch[1:], rows=1)
-                apart = torch.cat([picture[:, 0], question[:, 0]], dim=1)
-                for name, states_ in zip(parts, (question[:, 0], apart, model(*batch, rows=1)[0]), strict=True):
+                ids, mask = q.ids[rows].to(device), q.mask[rows].to(device)
+                question, pages_of = model.text_states(ids, mask, rows=1)[:, 0], q.rows[rows]
+                pooled, _ = model(images[pages_of].to(device), ids, mask, rows=1)
+                apart = torch.cat([seen[pages_of.to(device)], question], dim=1)
+                for name, states_ in zip(parts, (question, apart, pooled), strict=True):
                     parts[name].append(states_.cpu())
             for name, found in parts.items():
                 features.setdefault(name, []).append(torch.cat(found))

@@ -34,7 +34,7 @@ class BLIPConfig:
     vocab_size: int = 340  # V
     max_text: int = 64  # L at most
     text_width: int = 128  # D of the words
-    text_depth: int = 3  # blocks of the text transformer, all with cross-attention
+    text_depth: int = 2  # blocks of the text transformer, all with cross-attention
     text_heads: int = 4
     mlp_ratio: int = 4  # hidden width of the MLPs / width
     embed_dim: int = 64  # E, numbers of the shared space
@@ -102,34 +102,24 @@ class MEDBlock(FusionBlock):
         return self.norm2(x + self.mlp(x)), (keys, values), weights
 
 
-class MED(nn.Module):
-    """The multimodal mixture of encoder and decoder (paper, 3.1): one text transformer, three modes.
-
-    `encode` reads a text alone, `ground` a text together with a picture, `decode` writes. All blocks have
-    cross-attention; the decoder's are the encoder's but for what is its own, by default the self-attention.
-    """
+class MEDEncoder(nn.Module):
+    """The reading half: one BERT whose blocks all have cross-attention. `encode` passes it by, `ground` uses it."""
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__()
-        c = config
-        self.config = c
-        self.embed = self.table()
-        self.encoder, self.decoder = (nn.ModuleList(self.block() for _ in range(c.text_depth)) for _ in range(2))
-        for own, shared in zip(self.decoder, self.encoder, strict=True):
-            for part, names in PARTS.items():
-                if part not in c.decoder_own:
-                    for name in names:
-                        setattr(own, name, getattr(shared, name))  # the very same module, not a copy
-        self.decoder_embed = self.table() if EMBEDDINGS in c.decoder_own else self.embed
+        self.config = config
+        self.embed, self.encoder = self.table(), self.stack()
 
     def table(self) -> TextEmbeddings:
         c = self.config
         return TextEmbeddings(c.vocab_size, c.max_text, c.text_width, dropout=c.dropout, eps=c.text_eps)
 
-    def block(self) -> MEDBlock:
-        c = self.config
-        return MEDBlock(c.text_width, c.text_heads, context_width=c.image_width, mlp_ratio=c.mlp_ratio,
-                        dropout=c.dropout, eps=c.text_eps)  # fmt: skip
+    def stack(self) -> nn.ModuleList:
+        c, more = self.config, {"dropout": self.config.dropout, "eps": self.config.text_eps}
+        return nn.ModuleList(
+            MEDBlock(c.text_width, c.text_heads, context_width=c.image_width, mlp_ratio=c.mlp_ratio, **more)
+            for _ in range(c.text_depth)
+        )
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text encoder: ids and mask (B, L) -> the state of the first token alone, (B, 1, D)."""
@@ -151,12 +141,27 @@ class MED(nn.Module):
                 named[f"cross_{i}"] = weights
         return x, named
 
+
+class MED(MEDEncoder):
+    """The multimodal mixture of encoder and decoder (paper, 3.1): ... and the writing half, whose blocks are the
+    encoder's but for what is the decoder's own, by default the self-attention."""
+
+    def __init__(self, config: BLIPConfig) -> None:
+        super().__init__(config)
+        self.decoder = self.stack()
+        for own, shared in zip(self.decoder, self.encoder, strict=True):
+            for part, names in PARTS.items():
+                if part not in config.decoder_own:
+                    for name in names:
+                        setattr(own, name, getattr(shared, name))  # the very same module, not a copy
+        self.decoder_embed = self.table() if EMBEDDINGS in config.decoder_own else self.embed
+
     def decode(
-        self, ids: Tensor, context: Tensor | list[Past], *, context_mask: Tensor | None = None,
+        self, ids: Tensor, context: Tensor | list[Past] | None, *, context_mask: Tensor | None = None,
         past: list[Past] | None = None,
     ) -> tuple[Tensor, list[Past]]:  # fmt: skip
         """Image-grounded decoder: ids (B, L), each of which sees itself and those before it, and what is asked (a
-        picture's states, or the blocks' keys and values of them) -> states (B, L, D), and the new `past`.
+        picture's states or the blocks' keys and values of them; None: nothing) -> states (B, L, D), and the new `past`.
 
         With a `past` of T tokens, ids are the ones that follow, and only they are computed.
         """
@@ -209,8 +214,8 @@ def led_by(ids: Tensor, token: int) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], token), ids[:, 1:]], dim=1)
 
 
-class BLIP(nn.Module):
-    """Image encoder, text transformer in three modes, and what each is asked (paper, Fig. 2)."""
+class DualBLIP(nn.Module):
+    """BLIP as two encoders (paper, 3.1): a ViT, the text transformer without its eyes, and vectors to compare (ITC)."""
 
     def __init__(self, config: BLIPConfig) -> None:
         super().__init__()
@@ -220,14 +225,6 @@ class BLIP(nn.Module):
         self.vision_proj = nn.Linear(c.image_width, c.embed_dim)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim)
         self.temp = nn.Parameter(torch.tensor(float(c.temperature)))
-        self.itm_head = nn.Linear(c.text_width, 2)  # scores of "does not match" and "matches"
-        self.lm_head = MLMHead(c.text_width, c.vocab_size, eps=c.text_eps)
-        init_normal(self, matrices=0.02 * (768 / c.text_width) ** 0.5)  # as ALBEF here
-        for parameter in (self.vision.embed.cls_token, self.vision.embed.pos_embed):
-            nn.init.normal_(parameter, std=0.02)
-        self.lm_head.decoder.weight = self.text.decoder_embed.word.weight  # one table for reading and writing
-
-    # ---- two encoders (ITC) ----
 
     def look(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> states (B, 1+N, D'), which all three tasks use."""
@@ -246,7 +243,19 @@ class BLIP(nn.Module):
         states = self.text.encode(ids, ids != self.config.pad_id)
         return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
 
-    # ---- image-grounded encoder (ITM) ----
+
+class BLIP(DualBLIP):
+    """... and as image-grounded encoder (ITM) and decoder (LM), with the same weights (paper, Fig. 2)."""
+
+    def __init__(self, config: BLIPConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.itm_head = nn.Linear(c.text_width, 2)  # scores of "does not match" and "matches"
+        self.lm_head = MLMHead(c.text_width, c.vocab_size, eps=c.text_eps)
+        init_normal(self, matrices=0.02 * (768 / c.text_width) ** 0.5)  # as ALBEF here
+        for parameter in (self.vision.embed.cls_token, self.vision.embed.pos_embed):
+            nn.init.normal_(parameter, std=0.02)
+        self.lm_head.decoder.weight = self.text.decoder_embed.word.weight  # one table for reading and writing
 
     def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What `match` starts from: ids (B, L) -> [ENC] and the words, embedded, (B, L, D)."""
@@ -257,11 +266,9 @@ class BLIP(nn.Module):
         states, _ = self.text.ground(words, mask, image, rows=1)
         return self.itm_head(states[:, 0])
 
-    # ---- image-grounded decoder (LM) ----
-
-    def write(self, ids: Tensor, context: Tensor, *, context_mask: Tensor | None = None) -> Tensor:
-        """Texts (B, L), written about a picture's states (B, 1+N, D') -> states (B, L, D). The one at token t, given
-        the tokens up to t, with [DEC] in the first place, is what `lm_head` tells the next word from."""
+    def write(self, ids: Tensor, context: Tensor | None, *, context_mask: Tensor | None = None) -> Tensor:
+        """Texts (B, L), written about a picture's states (B, 1+N, D') or about nothing -> states (B, L, D). The one at
+        token t, given the tokens up to t, with [DEC] in the first place, is what `lm_head` tells the next word from."""
         return self.text.decode(led_by(ids, self.config.dec_id), context, context_mask=context_mask)[0]
 
     def speaker(self, context: Tensor, **how: object) -> Speaker:
@@ -292,6 +299,13 @@ def untied(model: BLIP) -> BLIP:
     apart = type(model)(replace(model.config, decoder_own=NOTHING_SHARED)).to(next(model.parameters()).device)
     apart.load_state_dict(model.state_dict())
     return apart
+
+
+@torch.no_grad()
+def start_alike(model: BLIP) -> None:
+    """Give the encoder all the decoder's weights, as where both start from one BERT (official code)."""
+    model.text.embed.load_state_dict(model.text.decoder_embed.state_dict())
+    model.text.encoder.load_state_dict(model.text.decoder.state_dict())
 
 
 @torch.no_grad()
