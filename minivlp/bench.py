@@ -25,15 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivlp.generate import greedy
 from minivlp.layers import Block, Encoder, init_normal, take_rows
 from minivlp.losses import IGNORE, contrastive_loss, word_positions
 from minivlp.models.albef import ALBEF, ALBEFConfig, FusionBlock, MomentumALBEF, PairQueue, TextEncoder
+from minivlp.models.blip import BLIP, MED, BLIPConfig, Past, teacher_of
 from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
+from minivlp.models.dual_stream import key_mask
 from minivlp.models.flip import FLIP, FLIPConfig, FLIPVision, random_masking
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.models.vlmo import MoMEBlock, Route, VLMo, VLMoConfig, shares
-from minivlp.pretrained import TRUNK_NAMES, from_hf, join_trunk, rename
+from minivlp.pretrained import TRUNK_NAMES, blip_from_hf, from_hf, join_trunk, rename
 
 Batch = tuple[Tensor, ...]
 Outputs = Tensor | tuple[Tensor, ...]
@@ -60,6 +63,8 @@ class Row:
     loss: Callable[[Any, Batch], Tensor] | None  # (outputs, batch) -> scalar; None: forward alone, without gradients
     update: bool = True  # whether AdamW's part of the step is timed too
     note: str = ""  # printed below the table: where a lead comes from
+    unit: str = "pictures"  # what is counted a second,
+    each: int = 1  # and how many of it an entry of the batch is
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -280,7 +285,7 @@ def transformers_vilt_pair(config: ViLTConfig) -> tuple[nn.Module, ViLT]:
 
 
 def random_pairs(
-    config: ViLTConfig | CLIPConfig | ALBEFConfig | VLMoConfig, *, batch_size: int, longest: int,
+    config: ViLTConfig | CLIPConfig | ALBEFConfig | VLMoConfig | BLIPConfig, *, batch_size: int, longest: int,
     generator: torch.Generator,
 ) -> Batch:  # fmt: skip
     """Random pictures and texts of 8 to `longest` tokens: images (B, C, H, W), ids and mask (B, L)."""
@@ -780,7 +785,7 @@ def albef_contenders(config: ALBEFConfig, *, queue: int) -> list[Contender]:
     return contenders
 
 
-def albef_batch(config: ALBEFConfig | VLMoConfig, *, batch_size: int, longest: int) -> Batch:
+def albef_batch(config: ALBEFConfig | VLMoConfig | BLIPConfig, *, batch_size: int, longest: int) -> Batch:
     """Random pictures and texts of 8 to `longest` tokens as a batch of lesson 05: `images` (B, C, H, W), `ids` and
     `mask` (B, L), hidden ids and labels (B, L), `shows` (B, 2), `says` (B), noise (2, B) and the teacher's share ()."""
     generator = torch.Generator().manual_seed(0)
@@ -962,6 +967,210 @@ def vlmo_row(*, batch_size: int = 16, longest: int = 14) -> Row:
     )
 
 
+# --- BLIP ------------------------------------------------------------------------------------------------------------
+
+
+class EveryWord(MED):
+    """Computes all words in the last block, also where the first one alone is read."""
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.encoder:
+            x, _, _ = block(x, mask=key_mask(mask))
+        return x[:, :1]
+
+    def ground(
+        self, x: Tensor, mask: Tensor, image: Tensor, *, rows: int | None = None, **how: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        states, named = super().ground(x, mask, image, **how)
+        return states[:, :rows], named
+
+
+class BlipTower(nn.Module):
+    """transformers' ViT of BLIP in the place of an `ImageEncoder`."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__()
+        self.vit = theirs
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images).last_hidden_state
+
+
+class BlipText(nn.Module):
+    """transformers' two text models of BLIP in the place of a `MED`."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.encoder.embeddings(ids)
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state[:, :1]
+
+    def ground(
+        self, x: Tensor, mask: Tensor, image: Tensor, *, rows: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        states = self.encoder(encoder_embeds=x, attention_mask=mask.long(), encoder_hidden_states=image)
+        return states.last_hidden_state[:, :rows], {}
+
+    def decode(
+        self, ids: Tensor, context: Tensor, *, context_mask: Tensor | None = None, past: list[Past] | None = None
+    ) -> tuple[Tensor, list[Past]]:
+        out = self.decoder(input_ids=ids, encoder_hidden_states=context, is_decoder=True, use_cache=False)
+        return out.last_hidden_state, []
+
+
+def transformers_blip(config: BLIPConfig) -> tuple[nn.Module, nn.Module, BLIP]:
+    """The official classes that match and that write, which share what BLIP shares and look at pictures with one ViT,
+    and ours with the same weights."""
+    import transformers
+
+    c = config
+    vision = transformers.BlipVisionConfig(
+        image_size=c.image_size, patch_size=c.patch_size, hidden_size=c.image_width, num_hidden_layers=c.image_depth,
+        num_attention_heads=c.image_heads, intermediate_size=c.mlp_ratio * c.image_width, layer_norm_eps=c.image_eps,
+    )  # fmt: skip
+    text = transformers.BlipTextConfig(
+        vocab_size=c.vocab_size, max_position_embeddings=c.max_text, hidden_size=c.text_width,
+        num_hidden_layers=c.text_depth, num_attention_heads=c.text_heads,
+        intermediate_size=c.mlp_ratio * c.text_width, layer_norm_eps=c.text_eps, pad_token_id=c.pad_id,
+        sep_token_id=c.sep_id, eos_token_id=c.sep_id, bos_token_id=c.dec_id, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    official = transformers.BlipConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), image_text_hidden_size=c.embed_dim
+    )
+    reader = transformers.BlipForImageTextRetrieval(official)
+    writer = transformers.BlipForConditionalGeneration(official)
+    matrices, pixels = 0.02 * (768 / c.text_width) ** 0.5, reader.vision_model.embeddings
+    for part in (reader, writer):  # as ours, or the picture would hardly matter
+        init_normal(part, matrices=matrices)
+    nn.init.normal_(pixels.patch_embedding.weight, std=matrices)  # from 1e-10, at which all pictures look the same
+    for parameter in (pixels.class_embedding, pixels.position_embedding):
+        nn.init.normal_(parameter, std=0.02)
+    writer.vision_model = reader.vision_model
+    bert, guess = writer.text_decoder.bert, writer.text_decoder.cls.predictions
+    bert.embeddings = reader.text_encoder.embeddings
+    for own, shared in zip(bert.encoder.layer, reader.text_encoder.encoder.layer, strict=True):
+        for name in ("crossattention", "intermediate", "output"):
+            setattr(own, name, getattr(shared, name))
+    guess.decoder.weight, guess.decoder.bias = bert.embeddings.word_embeddings.weight, guess.bias
+    ours = BLIP(c)
+    weights = blip_from_hf(official.to_dict(), reader.state_dict() | writer.state_dict(), None).state_dict()
+    ours.load_state_dict(weights | {"temp": ours.temp.detach()})
+    return reader, writer, ours
+
+
+def blip_contenders(config: BLIPConfig, *, queue: int) -> list[Contender]:
+    """Ours twice and one of transformers' parts (if installed), all with the weights of the first and equal queues.
+
+    All take lesson 07's step. Their outputs are its three losses; to ask for them moves teacher and queue on.
+    """
+    from minivlp.lessons.blip import blip_loss  # not above: the lesson takes its clock from this file
+
+    reader, writer, ours = transformers_blip(config) if transformers_installed() else (None, None, BLIP(config))
+    every = BLIP(config)
+    every.text = EveryWord(config)
+    every.lm_head.decoder.weight = every.text.decoder_embed.word.weight
+    every.load_state_dict(ours.state_dict())
+    start = PairQueue(queue, config.embed_dim).state_dict()
+
+    def contender(name: str, student: BLIP, teacher: nn.Module) -> Contender:
+        model = MomentumALBEF(student, queue_size=queue, momentum=0.99, teacher=teacher)
+        model.queue.load_state_dict(start)
+        return Contender(name, model, lambda batch: tuple(blip_loss(model, *batch).values()))
+
+    contenders = [
+        contender("minivlp BLIP, every token", every, teacher_of(every)),
+        contender("minivlp BLIP, rows=: last block only for what is read", ours, teacher_of(ours)),
+    ]
+    if reader is not None:
+        theirs = copy.deepcopy(ours)  # the other heads
+        theirs.vision = BlipTower(reader.vision_model)
+        theirs.text = BlipText(reader.text_encoder, writer.text_decoder.bert)
+        theirs.lm_head = writer.text_decoder.cls
+        teacher = copy.deepcopy(theirs).requires_grad_(False)
+        del teacher.itm_head, teacher.lm_head, teacher.text.decoder
+        for layer in teacher.text.encoder.encoder.layer:
+            del layer.crossattention
+        contenders.append(contender("transformers BLIP text models and ViT, eager (no sdpa)", theirs, teacher))
+    return contenders
+
+
+def blip_batch(config: BLIPConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random pictures and texts of 8 to `longest` tokens as a batch of lesson 07: `images` (B, C, H, W), `ids` and
+    `mask` (B, L), `says` (B), noise (2, B) and the teacher's share ()."""
+    images, ids, mask, _, _, _, says, noise, alpha = albef_batch(config, batch_size=batch_size, longest=longest)
+    return images, ids, mask, says, noise, alpha
+
+
+def blip_row(*, batch_size: int = 32, longest: int = 14) -> Row:
+    """The course's own BLIP (width 128, depth 4 for the picture, 3 for the words) with its teacher and queue."""
+    config = BLIPConfig()
+    return Row(
+        name="blip-train",
+        title="BLIP, training step (ITC, ITM and LM with teacher and queue, backward, AdamW): "
+        f"{config.image_size} px, patch {config.patch_size}, texts of 8 to {longest} tokens, "
+        f"width {config.text_width}, depth {config.image_depth} and {config.text_depth}, batch {batch_size}",
+        contenders=lambda: blip_contenders(config, queue=2 * batch_size),
+        batch=lambda: blip_batch(config, batch_size=batch_size, longest=longest),
+        loss=lambda losses, batch: sum(losses),
+        note="All take the same step from the same function. The second row leaves out, in the last block alone, all "
+        "words but the first for ITC and ITM.",
+    )
+
+
+def generate_contenders(config: BLIPConfig, *, length: int) -> list[Contender]:
+    """Ours, with and without its cache, and transformers' own `generate` (if installed), all with the same weights.
+
+    The output is what they write about each picture, exactly `length` tokens, the most likely one each time.
+    """
+    _, theirs, ours = transformers_blip(config) if transformers_installed() else (None, None, BLIP(config))
+    ours.eval()
+    # with the word table as its output layer, an untrained model would say one word again and again
+    ours.lm_head.decoder.weight = nn.Parameter(torch.randn_like(ours.lm_head.decoder.weight))
+
+    def write(images: Tensor, cache: bool) -> Tensor:
+        speaker = ours.speaker(ours.look(images), cache=cache)
+        first = torch.full((len(images),), config.dec_id)
+        return greedy(speaker, first, end=config.sep_id, longest=length, shortest=length)
+
+    contenders = [
+        Contender("minivlp BLIP, greedy with its cache", ours, lambda batch: write(batch[0], True)),
+        Contender("minivlp BLIP, each token from the beginning", ours, lambda batch: write(batch[0], False)),
+    ]
+    if theirs is not None:
+        theirs.eval().text_decoder.cls.predictions.decoder.weight = ours.lm_head.decoder.weight
+        how = dict(do_sample=False, num_beams=1, min_new_tokens=length, max_new_tokens=length, use_cache=True)
+
+        def generate(batch: Batch) -> Tensor:
+            return theirs.generate(pixel_values=batch[0], **how)[:, 1:]
+
+        contenders.append(Contender("transformers BlipForConditionalGeneration.generate", theirs, generate))
+    return contenders
+
+
+def generate_row(batch_size: int, *, length: int = 20) -> Row:
+    """The course's own BLIP writes about pictures it sees for the first time."""
+    config = BLIPConfig()
+    return Row(
+        name=f"blip-generate-{batch_size}",
+        title=f"BLIP, looking at {batch_size} picture{'s' * (batch_size > 1)} and greedily writing {length} tokens "
+        f"about each: {config.image_size} px, patch {config.patch_size}, width {config.text_width}, "
+        f"depth {config.image_depth} and {config.text_depth}",
+        contenders=lambda: generate_contenders(config, length=length),
+        batch=lambda: blip_batch(config, batch_size=batch_size, longest=8)[:1],
+        loss=None,
+        note="All write the same words. The lead over transformers is less work around each token, which weighs less "
+        "the more pictures are written about at once.",
+        unit="tokens",
+        each=length,
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
@@ -969,6 +1178,8 @@ ROWS: list[Row] = [
     *(flip_row(ratio, whole=whole) for whole in (False, True) for ratio in (0.0, 0.5, 0.75)),
     albef_row(),
     vlmo_row(),
+    blip_row(),
+    *(generate_row(batch_size) for batch_size in (1, 32)),
 ]
 
 
@@ -1060,15 +1271,15 @@ def timed(step: Callable[[], None], repeats: int, clock: Clock) -> float:
 
 
 def report(row: Row, times: dict[str, list[float]], batch_size: int) -> str:
-    """A table: median milliseconds, items a second, and time divided by the first contender's, round by round; below it
-    the row's note."""
+    """A table: median milliseconds, pictures or the row's own unit a second, and time divided by the first contender's,
+    round by round; below it the row's note."""
     names = list(times)
     width = max(map(len, names))
-    lines = [row.title, f"  {'':{width}}  {'ms':>7}  {'pictures/s':>10}  {'time / first':>12}"]
+    lines = [row.title, f"  {'':{width}}  {'ms':>7}  {row.unit + '/s':>10}  {'time / first':>12}"]
     for name in names:
         median = statistics.median(times[name])
         ratio = statistics.median(own / first for own, first in zip(times[name], times[names[0]], strict=True))
-        lines.append(f"  {name:{width}}  {1e3 * median:7.1f}  {batch_size / median:10.0f}  {ratio:12.2f}")
+        lines.append(f"  {name:{width}}  {1e3 * median:7.1f}  {batch_size * row.each / median:10.0f}  {ratio:12.2f}")
     return "\n".join([*lines, f"  {row.note}"] if row.note else lines)
 
 

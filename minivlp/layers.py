@@ -64,8 +64,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def split(self, t: Tensor) -> Tensor:
-        """(B, T, D) -> (B, heads, T, D/heads)."""
+    def split(self, t: Tensor) -> Tensor:  # (B, T, D) -> (B, heads, T, D/heads)
         return t.view(*t.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +77,7 @@ class Attention(nn.Module):
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x (B, T, D), context (B, S, D') or its `keys_values` -> answer (B, T, D) and, on request, the weights
-        (B, heads, T, S).
-
-        `mask` is boolean, broadcastable to (B, heads, T, S); True means "may look at".
-        """
+        (B, heads, T, S). `mask` is boolean, broadcastable to (B, heads, T, S); True means "may look at"."""
         B, T, D = x.shape
         q = self.split(self.q(x))
         k, v = context if isinstance(context, tuple) else self.keys_values(x if context is None else context)
@@ -211,10 +207,10 @@ class TextEmbeddings(nn.Module):
     def forward(self, ids: Tensor, *, first: int = 0) -> Tensor:
         """`first` is the position of the first token given, where the ones before it have been read already. Raises
         ValueError if a text is longer than the position table."""
-        end = first + ids.shape[1]
-        if self.position.num_embeddings < end:
-            raise ValueError(f"a text of {end} tokens does not fit {self.position.num_embeddings} positions: cut it with "
-                             "encode_batch(..., max_length=...) or build the model with a larger max_text")  # fmt: skip
+        end, room = first + ids.shape[1], self.position.num_embeddings
+        if room < end:
+            raise ValueError(f"a text of {end} tokens does not fit {room} positions: cut it with encode_batch(..., "
+                             "max_length=...) or build the model with a larger max_text")  # fmt: skip
         return self.dropout(self.norm(self.word(ids) + self.position.weight[first:end]))
 
 

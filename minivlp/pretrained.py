@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import LongTensor, Tensor, nn
 
+from minivlp.models.blip import BLIP, NOTHING_SHARED, BLIPConfig
 from minivlp.models.clip import CLIP, CLIPConfig
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
@@ -58,9 +59,10 @@ def from_hf(
 
     A classifier gets `model.labels`, the class names in the order of the scores. With `num_classes` the checkpoint's
     own classifier is left out and a new one of that many classes put in its place, as for fine-tuning: of zeros in a
-    ViT (ViT, 3.2), of random numbers in a ViLT; a CLIP has none. `model.fresh` names the parts of our model which the
-    checkpoint has no weights for, such as ("head",); they need training, and a new classifier has `labels == ()`. What
-    is new when and where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`, `clip_from_hf`.
+    ViT (ViT, 3.2), of random numbers in a ViLT; CLIP and BLIP have none. `model.fresh` names the parts of our model
+    which the checkpoint has no weights for, such as ("head",); they need training, and a new classifier has
+    `labels == ()`. What is new when and where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`,
+    `clip_from_hf`, `blip_from_hf`.
 
     Raises CheckpointError if anything is missing, damaged or of another kind.
     """
@@ -118,6 +120,14 @@ def preprocess_clip(image: Image.Image, *, size: int = 224) -> Tensor:
     pixels = _pixels(image, width, height, Image.Resampling.BICUBIC, CLIP_MEAN, CLIP_STD)
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[:, top : top + size, left : left + size].contiguous()
+
+
+def preprocess_blip(image: Image.Image, *, size: int = 384) -> Tensor:
+    """A picture as BLIP's weights expect it: squeezed to a square, bicubic -> float32 (3, size, size).
+
+    The colours are scaled as for CLIP. 384 pixels are those of the fine-tuned checkpoints.
+    """
+    return _pixels(image, size, size, Image.Resampling.BICUBIC, CLIP_MEAN, CLIP_STD)
 
 
 def pad_pictures(pictures: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +216,7 @@ def join_trunk(weights: Weights, config: dict[str, Any], *, width: int, depth: i
         for block in (f"encoder.blocks.{i}.attn" for i in range(depth)):
             weights |= {f"{block}.{part}.bias": torch.zeros(width) for part in "qkv"}
     _flatten_kernel(weights, patches)
-    _join_keys_values(weights, "encoder", depth)
+    _join_keys_values(weights, (f"encoder.blocks.{i}.attn" for i in range(depth)))
     return weights
 
 
@@ -217,13 +227,13 @@ def _flatten_kernel(weights: Weights, patches: str) -> None:
         weights[f"{patches}.proj.weight"] = kernel.flatten(1)
 
 
-def _join_keys_values(weights: Weights, encoder: str, depth: int) -> None:
-    """The matrices of keys and values become one in every block, as in our `Attention`: keys first."""
-    for block in (f"{encoder}.blocks.{i}.attn" for i in range(depth)):
+def _join_keys_values(weights: Weights, attentions: Iterable[str]) -> None:
+    """The matrices of keys and values of these modules become one, as in our `Attention`: keys first."""
+    for attn in attentions:
         for kind in ("weight", "bias"):
-            pair = [weights.pop(f"{block}.{part}.{kind}", None) for part in "kv"]
+            pair = [weights.pop(f"{attn}.{part}.{kind}", None) for part in "kv"]
             if all(tensor is not None for tensor in pair):
-                weights[f"{block}.kv.{kind}"] = _join(f"{block}.kv.{kind}", pair)
+                weights[f"{attn}.kv.{kind}"] = _join(f"{attn}.kv.{kind}", pair)
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -381,7 +391,7 @@ def clip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | No
         raise CheckpointError(
             "CLIP has no classifier: leave num_classes out, and compare pictures with the names of the classes"
         )
-    parts = {tower: _tower(config, tower) for tower in ("text", "vision")}
+    parts = {tower: _tower(config, tower, CLIP_DEFAULTS) for tower in ("text", "vision")}
     text, vision = (trunk_options(part, image_size=224, patch_size=32) for part in parts.values())
     gelus = {tower: _gelu(part, "exact", "quick") for tower, part in parts.items()}
     for name, in_text, in_vision in (
@@ -413,8 +423,8 @@ def clip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | No
     )  # fmt: skip
     weights = rename(weights, CLIP_NAMES, drop=CLIP_UNUSED)
     _flatten_kernel(weights, "vision.patch_embed")
-    _join_keys_values(weights, "text.encoder", text["depth"])
-    _join_keys_values(weights, "vision.encoder", vision["depth"])
+    for tower, depth in (("text", text["depth"]), ("vision", vision["depth"])):
+        _join_keys_values(weights, (f"{tower}.encoder.blocks.{i}.attn" for i in range(depth)))
     for name, ahead in (("vision.cls_token", (None, None)), ("vision.pos_embed", None)):  # (D), (1+N, D)
         if name in weights:
             weights[name] = weights[name][ahead]  # (1, 1, D), (1, 1+N, D)
@@ -423,13 +433,13 @@ def clip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | No
     return model
 
 
-def _tower(config: dict[str, Any], tower: str) -> dict[str, Any]:
-    """The part of config.json about one tower. Where an old file has it twice, `..._config_dict` holds."""
+def _tower(config: dict[str, Any], tower: str, defaults: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The part of config.json about one tower. Where an old CLIP has it twice, `..._config_dict` holds."""
     key = f"{tower}_config" if config.get(f"{tower}_config_dict") is None else f"{tower}_config_dict"
     part = config.get(key) or {}
     if not isinstance(part, dict):
         raise CheckpointError(f"{key} in config.json is no JSON object: download it again")
-    return CLIP_DEFAULTS[tower] | part
+    return defaults[tower] | part
 
 
 def clip_tokenizer(
@@ -468,6 +478,117 @@ def clip_tokenizer(
     return encode
 
 
+# --- BLIP ------------------------------------------------------------------------------------------------------------
+
+# The text model bears the names of BERT, whose output layers are told apart by what stands before them.
+BLIP_NAMES = (
+    (r"^vision_model\.embeddings\.class_embedding$", "vision.embed.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "vision.embed.pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "vision.embed.patch_embed.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.", r"vision.encoder.blocks.\1."),
+    (r"^vision_model\.post_layernorm\.", "vision.encoder.norm."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"\.self_attn\.projection\.", ".attn.proj."),
+    (r"\.self_attn\.", ".attn."),
+    (r"^text_encoder\.embeddings\.", "text.embed."),
+    (r"^text_decoder\.bert\.embeddings\.", "text.decoder_embed."),
+    (r"\.(word|position)_embeddings\.", r".\1."),
+    (r"^(text\.(?:decoder_)?embed)\.LayerNorm\.", r"\1.norm."),
+    (r"^text_encoder\.encoder\.layer\.(\d+)\.", r"text.encoder.\1."),
+    (r"^text_decoder\.bert\.encoder\.layer\.(\d+)\.", r"text.decoder.\1."),
+    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
+    (r"\.crossattention\.output\.LayerNorm\.", ".cross.norm."),
+    (r"\.crossattention\.", ".cross.attention."),
+    (r"\.attention\.self\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.output\.LayerNorm\.", ".norm2."),
+    (r"^text_decoder\.cls\.predictions\.transform\.dense\.", "lm_head.dense."),
+    (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
+    (r"^text_decoder\.cls\.predictions\.(?:decoder\.)?(weight|bias)$", r"lm_head.decoder.\1"),
+)
+BLIP_UNUSED = (r"\.embeddings\.position_ids$",)  # older versions save the numbers 0, 1, 2, ...
+
+# What a config.json that leaves something out means; only what `trunk_options` takes otherwise.
+BLIP_DEFAULTS = {"text": dict(num_attention_heads=8), "vision": dict(layer_norm_eps=1e-5)}
+
+# The parts of our BLIP that come from a text encoder, from a text decoder, and from heads that a file may lack.
+BLIP_PARTS = ("text.embed", "text.encoder", "text.decoder", "text.decoder_embed", "vision_proj", "text_proj", "temp",
+              "itm_head", "lm_head")  # fmt: skip
+
+
+@loader("blip")
+def blip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | None) -> BLIP:
+    """BlipForConditionalGeneration, which writes, and BlipForImageTextRetrieval, which compares -> our BLIP.
+
+    Beside the picture's encoder a file holds one half of the model: the decoder with its head, or the encoder with both
+    projections and the matching head, 224M parameters each at the base size, of our 362M. What it lacks keeps random
+    starting values and stands in `model.fresh`, the temperature always. Of what encoder and decoder once shared nothing
+    is shared here, since fine-tuning moved one without the other. (A file of BlipForQuestionAnswering holds both.)
+
+    The first token decides what the text transformer is asked. Ours puts `[ENC]` there to match and `[DEC]` to write,
+    as in training; transformers' retrieval class takes the ids as they come, and so reads `[CLS]` where nobody has
+    replaced it, which gives other scores. No config.json says the id of `[ENC]`: it is the one after `[DEC]`, which is
+    `bos_token_id` there. A text ends with `sep_token_id`, whatever `eos_token_id` says.
+    """
+    if num_classes is not None:
+        raise CheckpointError(
+            "BLIP has no classifier: leave num_classes out, and match pictures with the names of the classes"
+        )
+    parts = {tower: _tower(config, tower, BLIP_DEFAULTS) for tower in ("text", "vision")}
+    text, vision = (trunk_options(part, image_size=384, patch_size=16) for part in parts.values())
+    for part in parts.values():
+        _gelu(part, "exact")
+    if text["mlp_ratio"] != vision["mlp_ratio"]:
+        raise CheckpointError(
+            f"intermediate_size / hidden_size is {text['mlp_ratio']} in its text tower and {vision['mlp_ratio']} in "
+            "its image tower: our BLIP has one for both, choose a checkpoint where they agree"
+        )
+    vocab_size = _whole(parts["text"], "vocab_size", 30_524)
+    pad, sep, dec = (_whole(parts["text"], f"{name}_token_id", default, lowest=0)
+                     for name, default in (("pad", 0), ("sep", 102), ("bos", 30_522)))  # fmt: skip
+    if max(pad, sep, dec + 1) >= vocab_size:
+        raise CheckpointError(
+            f"pad_token_id {pad}, sep_token_id {sep}, bos_token_id {dec} and the one after it are not all among its "
+            f"{vocab_size} tokens: write the right ones into text_config of config.json"
+        )
+    weights = rename(weights, BLIP_NAMES, drop=BLIP_UNUSED)
+    if not any(name.startswith(("text.encoder.", "text.decoder.")) for name in weights):
+        raise CheckpointError(
+            "it has neither BLIP's text encoder nor its decoder: take a checkpoint of BlipForConditionalGeneration or "
+            "BlipForImageTextRetrieval"
+        )
+    model = build(
+        BLIP, BLIPConfig, image_size=vision["image_size"], patch_size=vision["patch_size"],
+        channels=vision["channels"], image_width=vision["width"], image_depth=vision["depth"],
+        image_heads=vision["heads"], vocab_size=vocab_size,
+        max_text=_whole(parts["text"], "max_position_embeddings", 512), text_width=text["width"],
+        text_depth=text["depth"], text_heads=text["heads"], mlp_ratio=text["mlp_ratio"],
+        embed_dim=_whole(config, "image_text_hidden_size", 256), dropout=text["dropout"], image_eps=vision["eps"],
+        text_eps=text["eps"], pad_id=pad, sep_id=sep, enc_id=dec + 1, dec_id=dec, decoder_own=NOTHING_SHARED,
+    )  # fmt: skip
+    _flatten_kernel(weights, "vision.embed.patch_embed")
+    for attn in (f"vision.encoder.blocks.{i}.attn" for i in range(vision["depth"])):
+        for kind in ("weight", "bias"):
+            joined = weights.get(f"{attn}.qkv.{kind}")
+            if joined is not None and joined.ndim and len(joined) % 3 == 0:
+                third = len(weights.pop(f"{attn}.qkv.{kind}")) // 3
+                weights |= {f"{attn}.q.{kind}": joined[:third], f"{attn}.kv.{kind}": joined[third:]}
+    _join_keys_values(weights, (f"text.{half}.{i}.{attn}" for half in ("encoder", "decoder")
+                                for i in range(text["depth"]) for attn in ("attn", "cross.attn")))  # fmt: skip
+    table = weights.get("text.decoder_embed.word.weight")
+    output = weights.setdefault("lm_head.decoder.weight", table) if table is not None else None
+    if output is not table and not torch.equal(output, table):
+        raise CheckpointError(
+            "its decoder reads and writes with two different word tables: our BLIP has one for both, choose a "
+            "checkpoint where they are tied"
+        )
+    fill(model, weights, fresh=tuple(p for p in BLIP_PARTS if not any(_inside(name, p) for name in weights)))
+    model.labels = ()
+    return model
+
+
 # --- helpers for every loader ----------------------------------------------------------------------------------------
 
 
@@ -502,7 +623,7 @@ def fill(model: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
     The parts named in `fresh` stay as they are, whatever `weights` says of them, and are noted as `model.fresh`.
     """
     own = model.state_dict()
-    weights = weights | {name: tensor for name, tensor in own.items() if name.partition(".")[0] in fresh}
+    weights = weights | {name: own[name] for name in own if any(_inside(name, part) for part in fresh)}
     if missing := sorted(own.keys() - weights.keys()):
         raise CheckpointError(
             f"it lacks {_some(missing)}: the file is incomplete or config.json belongs to another model; "
@@ -521,6 +642,11 @@ def fill(model: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
         )
     model.load_state_dict(weights)  # copies, and turns half precision into the model's float32
     model.fresh = fresh
+
+
+def _inside(name: str, part: str) -> bool:
+    """Whether a tensor belongs to a part of the model, such as "head" or "text.decoder"."""
+    return f"{name}.".startswith(f"{part}.")
 
 
 def _some(names: Sequence[str]) -> str:

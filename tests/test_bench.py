@@ -11,6 +11,7 @@ import torch
 from minivlp import bench
 from minivlp.losses import IGNORE, contrastive_loss
 from minivlp.models.albef import ALBEFConfig, belong
+from minivlp.models.blip import BLIPConfig
 from minivlp.models.clip import CLIPConfig
 from minivlp.models.flip import FLIPConfig
 from minivlp.models.vilt import ViLTConfig
@@ -24,7 +25,7 @@ torch.set_num_threads(1)
 OPEN_CLIP = bench.open_clip_installed()
 CONTENDERS = {"tiny-vit": 4, "tiny-vilt": 3, "tiny-clip": 3 + OPEN_CLIP, "tiny-flip-tower-0": 2 + OPEN_CLIP,
               "tiny-flip-tower-75": 4 + OPEN_CLIP, "tiny-flip-train-50": 4 + OPEN_CLIP, "tiny-albef": 3,
-              "tiny-vlmo": 3}  # fmt: skip
+              "tiny-vlmo": 3, "tiny-blip": 3}  # fmt: skip
 
 
 def tiny_vit() -> bench.Row:
@@ -105,8 +106,34 @@ def tiny_vlmo() -> bench.Row:
     )
 
 
+TINY_BLIP = BLIPConfig(
+    image_size=16, patch_size=8, image_width=24, image_depth=2, image_heads=2, vocab_size=30, max_text=12,
+    text_width=16, text_depth=2, text_heads=4, embed_dim=20,
+)  # fmt: skip
+
+
+def tiny_blip() -> bench.Row:
+    return replace(
+        bench.blip_row(),
+        name="tiny-blip",
+        title="a tiny BLIP",
+        contenders=lambda: bench.blip_contenders(TINY_BLIP, queue=12),
+        batch=lambda: bench.blip_batch(TINY_BLIP, batch_size=6, longest=11),
+    )
+
+
+def tiny_generate() -> bench.Row:
+    return replace(
+        bench.generate_row(6),
+        name="tiny-generate",
+        contenders=lambda: bench.generate_contenders(TINY_BLIP, length=8),
+        batch=lambda: bench.blip_batch(TINY_BLIP, batch_size=6, longest=8)[:1],
+        each=8,
+    )
+
+
 TINY = [tiny_vit, tiny_vilt, tiny_clip, partial(tiny_flip, 0.0, whole=False), partial(tiny_flip, 0.75, whole=False),
-        tiny_flip, tiny_albef, tiny_vlmo]  # fmt: skip
+        tiny_flip, tiny_albef, tiny_vlmo, tiny_blip]  # fmt: skip
 
 
 @pytest.fixture(params=TINY, ids=CONTENDERS)
@@ -232,6 +259,122 @@ def test_bench_checks_all_of_vlmos_step(spoil):
     spoil(contenders[-1].model)
     with pytest.raises(RuntimeError, match="the contenders differ by"):
         bench.check_equal(row, contenders, row.batch())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: model.student.temp.add_(0.01),  # ITC
+        lambda model: shift_bias(model, "student.itm_head"),
+        lambda model: shift_bias(model, "student.lm_head.predictions.decoder"),
+        lambda model: model.queue.image.neg_(),
+        lambda model: model.student.vision.vit.embeddings.patch_embedding.weight.neg_(),
+        lambda model: model.student.text.encoder.encoder.layer[1].crossattention.self.value.weight.neg_(),
+        lambda model: model.student.text.encoder.encoder.layer[1].attention.self.value.weight.neg_(),
+        lambda model: model.student.text.decoder.encoder.layer[1].attention.self.value.weight.neg_(),
+        lambda model: model.teacher.text.encoder.embeddings.position_embeddings.weight.neg_(),
+        lambda model: model.teacher.vision.vit.embeddings.patch_embedding.weight.neg_(),
+    ],
+)
+@torch.no_grad()
+def test_bench_checks_all_of_blips_step(spoil):
+    torch.manual_seed(0)
+    row = tiny_blip()
+    contenders = row.contenders()
+    assert bench.check_equal(row, contenders, row.batch()) < 1e-5
+    spoil(contenders[-1].model)
+    with pytest.raises(RuntimeError, match="the contenders differ by"):
+        bench.check_equal(row, contenders, row.batch())
+
+
+@torch.no_grad()
+def test_pictures_matter_to_all_of_blips_step():
+    """With transformers' own starting values they would not, and all pictures look the same."""
+    for contender in tiny_blip().contenders():
+        batch = bench.blip_batch(TINY_BLIP, batch_size=6, longest=11)
+        for model in (contender.model.student, contender.model.teacher):
+            assert model.look(batch[0]).std(dim=0).mean() > 0.1, contender.name
+        start = {name: value.clone() for name, value in contender.model.state_dict().items()}
+        before = contender.outputs(batch)
+        contender.model.load_state_dict(start)
+        after = contender.outputs((batch[0].roll(1, dims=0), *batch[1:]))
+        assert all(abs(one - other) > 1e-4 for one, other in zip(after, before, strict=True)), contender.name
+
+
+def test_transformers_blip_shares_what_blip_shares():
+    reader, writer, ours = bench.transformers_blip(TINY_BLIP)
+    encoder = dict(reader.text_encoder.named_parameters())
+    own = {name.split(".", 3)[3] for name, p in writer.text_decoder.bert.named_parameters() if p is not encoder[name]}
+    assert own and all(name.startswith("attention.") for name in own) and "attention.output.LayerNorm.bias" in own
+    theirs = {id(p): p.numel() for p in [*reader.parameters(), *writer.parameters()]}
+    assert sum(theirs.values()) + 1 == sum(p.numel() for p in ours.parameters())  # and the temperature
+
+
+@torch.inference_mode()
+def test_all_write_the_same_words():
+    torch.manual_seed(0)
+    row = tiny_generate()
+    contenders, batch = row.contenders(), row.batch()
+    texts = [contender.outputs(batch) for contender in contenders]
+    assert len(texts) == 3 and all(text.shape == (6, 8) and torch.equal(text, texts[0]) for text in texts)
+    assert len(set(map(tuple, texts[0].tolist()))) > 3 and texts[0].unique().numel() > 6
+    assert not (texts[0] == TINY_BLIP.sep_id).any()  # none ends before its time
+    assert bench.check_equal(row, contenders, batch) == 0
+    rows, ours = [], contenders[0].model  # the second contender's as well
+    ours.text.decoder[0].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    for contender in contenders[:2]:
+        contender.outputs(batch)
+    assert rows == [1] * 8 + [*range(1, 9)]
+
+
+@pytest.mark.parametrize("part", ["vision_model.embeddings.patch_embedding.weight",
+                                  "text_decoder.bert.encoder.layer.1.crossattention.self.value.weight",
+                                  "text_decoder.bert.encoder.layer.1.attention.self.value.weight",
+                                  "text_decoder.cls.predictions.transform.dense.weight"])  # fmt: skip
+@torch.no_grad()
+def test_bench_refuses_other_words(part):
+    torch.manual_seed(0)
+    row = tiny_generate()
+    contenders = row.contenders()
+    contenders[-1].model.get_parameter(part).neg_()
+    with pytest.raises(RuntimeError, match="tiny-generate: the contenders differ by"):
+        bench.check_equal(row, contenders, row.batch())
+
+
+def test_tokens_are_counted(monkeypatch, capsys):
+    row = tiny_generate()
+    lines = bench.report(row, {"one": [0.5, 0.5], "other": [1.0, 1.0]}, 6).splitlines()
+    assert lines[1].split() == ["ms", "tokens/s", "time", "/", "first"]
+    assert lines[2].split() == ["one", "500.0", "96", "1.00"] and lines[3].split() == ["other", "1000.0", "48", "2.00"]
+    assert "pictures/s" in bench.report(tiny_blip(), {"one": [0.5]}, 6)
+    monkeypatch.setattr(bench, "ROWS", [row])
+    bench.main(["--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and "BlipForConditionalGeneration" in out
+    monkeypatch.setattr(bench, "transformers_installed", lambda: False)
+    bench.main(["--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and "BlipForConditionalGeneration" not in out
+
+
+def test_blip_batch():
+    """What the row says of its batch: texts of 8 to 14 tokens, no two alike, and noise for both directions."""
+    images, ids, mask, says, noise, alpha = bench.blip_batch(BLIPConfig(), batch_size=32, longest=14)
+    assert images.shape == (32, 3, 64, 64) and ids.shape == mask.shape == (32, 14) and not ids[~mask].any()
+    assert mask.sum(1).max() == 14 and mask.sum(1).min() == 8
+    assert says.tolist() == [*range(32)] and noise.shape == (2, 32) and alpha.item() == pytest.approx(0.4)
+
+
+def test_the_short_way_of_blip_computes_less():
+    """Of a text's 11 words the last block updates one for ITC, of the teacher too, and in ITM's three pairs one each;
+    for LM all."""
+    row, seen = tiny_blip(), []
+    for contender in row.contenders()[:2]:
+        model = contender.model
+        for last in (model.teacher.text.encoder[-1].mlp, model.student.text.encoder[-1].mlp):
+            last.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+        contender.outputs(row.batch())
+    assert seen == [(6, 11), (6, 11), (18, 11), (6, 11), (6, 1), (6, 1), (18, 1), (6, 11)]
 
 
 def test_vlmo_batch():
@@ -432,7 +575,7 @@ def test_bench_runs_without_transformers(row, monkeypatch, capsys):
 
 def test_the_rows():
     names = [row.name for row in bench.ROWS]
-    trained = {f"{name}-train" for name in ("vit-p16", "vilt", "clip", "albef", "vlmo")}
-    assert len(set(names)) == len(names) and trained <= set(names)
+    trained = {f"{name}-train" for name in ("vit-p16", "vilt", "clip", "albef", "vlmo", "blip")}
+    assert len(set(names)) == len(names) and trained | {"blip-generate-1", "blip-generate-32"} <= set(names)
     flips = {f"flip-{part}-{percent}": part == "train" for part in ("tower", "train") for percent in (0, 50, 75)}
     assert {row.name: row.update for row in bench.ROWS if "flip" in row.name} == flips

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlp.layers import MLP, Attention, Block, count_parameters
-from minivlp.models.dual_stream import CoAttentionLayer, LXMERTLayer
+from minivlp.models.dual_stream import CoAttentionLayer, CrossAttention, LXMERTLayer
 
 torch.set_num_threads(1)
 
@@ -137,6 +137,27 @@ def test_lxmert_has_one_cross_attention_for_both_directions():
     cross = 4 * (D * D + D) + 2 * D  # q, k, v, output; LayerNorm
     block = cross + (4 * D * D + 4 * D) + (4 * D * D + D) + 2 * D
     assert count_parameters(layer) == cross + 2 * block
+
+
+# --- cross-attention alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_cross_attention_takes_what_was_kept_of_the_context(masked):
+    """The same numbers, when keys and values of the context come ready."""
+    cross = shaken(CrossAttention(D, HEADS, context_width=IMAGE_WIDTH))
+    x, image = torch.randn(B, L, D), torch.randn(B, S, IMAGE_WIDTH)
+    mask = padding()[1] if masked else None
+    expected, weights = cross(x, image, mask=mask, need_weights=True)
+    kept = cross.attn.keys_values(image)
+    got, named = cross(x, kept, mask=mask, need_weights=True)
+    close(got, expected)
+    close(named, weights)
+    close(cross(x, kept, mask=mask)[0], expected)
+    close(expected, cross.norm(x + cross.attn(x, image, mask=None if mask is None else mask[:, None, None])[0]))
+    for other in (cross(x, cross.attn.keys_values(image.flip(0)), mask=mask), cross(x.flip(0), kept, mask=mask)):
+        assert (other[0] - expected).abs().max() > 0.01
 
 
 # --- ViLBERT ---------------------------------------------------------------------------------------------------------

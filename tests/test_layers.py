@@ -214,6 +214,46 @@ def test_context_answers_and_x_asks():
     assert (attn(x, context.roll(1, 0))[0] - y).abs().max() > 1e-2  # pictures of a batch do not mix
 
 
+@torch.no_grad()
+def test_keys_and_values_by_hand():
+    """Keys come from the first half of `kv`, values from the second, and head h has numbers h * d to (h + 1) * d."""
+    attn, context = shaken(Attention(8, 2, context_width=6), std=0.5), torch.randn(2, 3, 6)
+    keys, values = attn.keys_values(context)
+    assert keys.shape == values.shape == (2, 2, 3, 4)
+    for h in range(2):
+        for t, first in ((keys, 0), (values, 8)):
+            rows = slice(first + 4 * h, first + 4 * (h + 1))
+            close(t[:, h], context @ attn.kv.weight[rows].T + attn.kv.bias[rows], 1e-5)
+    t = torch.arange(24.0).view(1, 3, 8)
+    assert attn.split(t)[0, 1].tolist() == [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@torch.no_grad()
+def test_kept_keys_and_values_are_as_good_as_the_context(kind, need_weights):
+    attn = shaken(Attention(8, 2, context_width=6 if kind == "cross" else None), std=0.5)
+    x = torch.randn(2, 5, 8)
+    context = torch.randn(2, 3, 6) if kind == "cross" else x
+    mask = torch.rand(2, 1, 5, context.shape[1]) < 0.6
+    mask[..., 0] = True
+    for seen in (None, mask):
+        expected, weights = attn(x, context, mask=seen, need_weights=need_weights)
+        kept, asked = attn.keys_values(context), []
+        hook = attn.kv.register_forward_pre_hook(lambda *_, asked=asked: asked.append(1))
+        y, named = attn(x, kept, mask=seen, need_weights=need_weights)
+        rows = [attn(x[:, [t]], kept, mask=None if seen is None else seen[:, :, [t]])[0] for t in range(5)]
+        hook.remove()
+        assert not asked  # they are not computed again
+        close(y, expected, 1e-5)
+        close(torch.cat(rows, dim=1), expected, 1e-5)
+        assert named is None if not need_weights else torch.allclose(named, weights)
+    # Kept of two parts and joined: as if they had been one.
+    parts = [attn.keys_values(part) for part in (context[:, :1], context[:, 1:])]
+    close(attn(x, tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))[0], attn(x, context)[0], 1e-5)
+    assert (attn(x, attn.keys_values(context.flip(0)))[0] - attn(x, context)[0]).abs().max() > 0.01
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
         Attention(10, 4)
@@ -447,6 +487,19 @@ def test_text_embeddings_refuse_too_long_a_text():
     assert embed(torch.ones(2, 6, dtype=torch.long)).shape == (2, 6, 8)
     with pytest.raises(ValueError, match=r"a text of 7 tokens does not fit 6 positions: cut it with encode_batch"):
         embed(torch.ones(2, 7, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_text_embeddings_can_start_in_the_middle():
+    embed, ids = shaken(TextEmbeddings(20, 6, 8)), torch.randint(20, (2, 6))
+    whole = embed(ids)
+    for first in range(6):
+        close(embed(ids[:, first:], first=first), whole[:, first:])
+        close(embed(ids[:, first : first + 1], first=first), whole[:, first : first + 1])
+    assert (embed(ids[:, 2:])[:, 0] - whole[:, 2]).abs().amax(-1).min() > 0.1  # the place counts
+    with pytest.raises(ValueError, match=r"a text of 7 tokens does not fit 6 positions"):
+        embed(ids[:, :2], first=5)
+    assert embed(ids[:, :1], first=5).shape == (2, 1, 8)
 
 
 def test_text_embeddings_drop_out_last():

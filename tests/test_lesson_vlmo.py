@@ -102,7 +102,7 @@ def changed(recipe: lesson.Recipe, base: lesson.Recipe) -> dict[str, object]:
 def test_each_arm_changes_what_its_name_says_and_nothing_else():
     one, both = {"experts": "one"}, {"before": ("image", "text")}
     expected = {  # compared with SHORT: labels, then text, then 240 steps of pairs
-        ("main", "VLMo"): {"steps": 600, "tune": 120, "everything": True},
+        ("main", "VLMo"): {"steps": 400, "tune": 120, "everything": True},
         ("start", "nothing"): {"before": (), "tune": 120},
         ("start", "image"): {"before": ("image",), "tune": 120},
         ("start", "text"): {"before": ("text",), "tune": 120},
@@ -123,7 +123,7 @@ def test_each_arm_changes_what_its_name_says_and_nothing_else():
         ("losses", "ITC alone"): {"itm": False, "mlm": 0.0},
         ("losses", "without ITM"): {"itm": False},
         ("losses", "without MLM"): {"mlm": 0.0},
-        ("tuning", "500 steps"): {"steps": 600, "tune": 500},
+        ("tuning", "500 steps"): {"steps": 400, "tune": 500},
         ("layer scale", "0.1"): both | {"layer_scale": 0.1},
     }  # fmt: skip
     assert {arm: changed(recipe, lesson.SHORT) for arm, recipe in ARMS.items()} == expected

@@ -90,6 +90,26 @@ def test_masked_lm_loss_is_float32_under_autocast():
     assert loss.dtype == torch.float32 and (loss - masked_lm_loss(head, states, labels)).abs() < 0.05
 
 
+def test_smoothed_labels_by_hand():
+    """Of the target 0.1 is spread over all V words, the right one among them: with V = 4 it keeps 0.925."""
+    chance = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
+    states, labels = chance.log()[None], torch.tensor([[1, 3, IGNORE]])
+    loss = masked_lm_loss(nn.Identity(), states, labels, smoothing=0.1)
+    one = 0.025 * math.log(0.5) + 0.925 * math.log(0.25) + 0.025 * 2 * math.log(0.125)
+    other = 0.025 * sum(math.log(p) for p in (0.1, 0.2, 0.3)) + 0.925 * math.log(0.4)
+    close(loss, torch.tensor(-(one + other) / 2))
+    plain = masked_lm_loss(nn.Identity(), states, labels)
+    close(plain, torch.tensor(-(math.log(0.25) + math.log(0.4)) / 2))
+    # A sure and right model pays for it: the least loss is the entropy of the target, and no longer 0.
+    sure = torch.tensor([[[0.925, 0.025, 0.025, 0.025]]]).log()
+    least = masked_lm_loss(nn.Identity(), sure, torch.tensor([[0]]), smoothing=0.1)
+    close(least, torch.tensor(-0.925 * math.log(0.925) - 0.075 * math.log(0.025)))
+    surer = torch.tensor([[[1 - 3e-6, 1e-6, 1e-6, 1e-6]]]).log()
+    assert masked_lm_loss(nn.Identity(), surer, torch.tensor([[0]]), smoothing=0.1) > least
+    nothing = masked_lm_loss(nn.Identity(), states, torch.full_like(labels, IGNORE), smoothing=0.1)
+    assert nothing.item() == 0
+
+
 # --- which tokens, which cost ----------------------------------------------------------------------------------------
 
 
@@ -452,8 +472,8 @@ def test_shared_targets_by_hand():
 def test_two_pairs_with_one_caption_are_not_pushed_apart():
     """Pairs 0 and 1 have the same text. Plain, picture 0 is driven from text 1 for ever, though it is its own text."""
     positives, logits = groups(0, 0, 1), torch.zeros(3, 3, requires_grad=True)
-    plain, = torch.autograd.grad(contrastive_loss(logits), logits)
-    shared, = torch.autograd.grad(contrastive_loss(logits, positives), logits)
+    (plain,) = torch.autograd.grad(contrastive_loss(logits), logits)
+    (shared,) = torch.autograd.grad(contrastive_loss(logits, positives), logits)
     assert plain[0, 1] > 0.05 and plain[1, 0] > 0.05  # a step down lowers these scores
     assert shared[0, 1] < -0.05 and shared[1, 0] < -0.05  # and raises them
     close(shared[0, 1], shared[0, 0])

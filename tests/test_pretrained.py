@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from minivlp import pretrained
-from minivlp.pretrained import CheckpointError, from_hf, preprocess
+from minivlp.pretrained import CLIP_MEAN, CLIP_STD, CheckpointError, fill, from_hf, preprocess, preprocess_blip
 
 D, DEPTH, HIDDEN, K = 8, 2, 32, 3
 
@@ -355,6 +355,26 @@ def test_hub_id_goes_through_the_download(folder, monkeypatch):
     assert from_hf("someone/some-vit").labels == ("house", "tree", "cat")
 
 
+def test_fresh_parts_may_be_parts_of_parts():
+    """ "text.decoder" may be fresh where a file has the rest of `text`, and "text.decoder_embed" is another part."""
+
+    def model() -> torch.nn.Module:
+        text = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("decoder", "decoder_embed", "encoder")})
+        return torch.nn.ModuleDict({"text": text, "temp": torch.nn.Linear(1, 1)})
+
+    source, ours = model().state_dict(), model()
+    before = {name: t.clone() for name, t in ours.state_dict().items()}
+    fill(ours, source, fresh=("text.decoder", "temp"))
+    fresh = [name for name, t in ours.state_dict().items() if torch.equal(t, before[name])]
+    assert fresh == ["text.decoder.weight", "text.decoder.bias", "temp.weight", "temp.bias"]
+    assert ours.fresh == ("text.decoder", "temp")
+    for kind in ("weight", "bias"):  # a file without them is as good, but only without those
+        del source[f"text.decoder.{kind}"]
+    fill(ours, source, fresh=("text.decoder",))
+    del source["text.decoder_embed.bias"]
+    assert "it lacks text.decoder_embed.bias" in message(lambda: fill(ours, source, fresh=("text.decoder",)))
+
+
 # --- pictures for official weights -----------------------------------------------------------------------------------
 
 
@@ -371,6 +391,17 @@ def test_preprocess_other_modes_and_statistics():
     assert preprocess(Image.new("RGBA", (9, 5), (0, 0, 0, 255)), size=4).eq(-1).all()
     pixels = preprocess(Image.new("RGB", (3, 3), (51, 102, 153)), size=1, mean=(0.1, 0.2, 0.3), std=(0.1, 0.2, 0.5))
     torch.testing.assert_close(pixels.flatten(), torch.tensor([1.0, 1.0, 0.6]))
+
+
+def test_preprocess_blip_squeezes_and_scales_like_clip():
+    image = Image.new("RGB", (4, 2), (255, 0, 0))
+    red = [(value - mean) / std for value, mean, std in zip((1, 0, 0), CLIP_MEAN, CLIP_STD, strict=True)]
+    pixels = preprocess_blip(image, size=6)
+    assert pixels.shape == (3, 6, 6) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    torch.testing.assert_close(pixels, torch.tensor(red)[:, None, None].expand(3, 6, 6), rtol=0, atol=1e-6)
+    image.paste((0, 255, 0), (0, 0, 1, 2))  # a quarter at the left, which cutting would lose
+    assert preprocess_blip(image, size=4)[1, :, 0].min() > 1 > preprocess_blip(image, size=4)[1, :, 2:].max()
+    assert preprocess_blip(Image.new("L", (30, 9))).shape == (3, 384, 384)
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (64, 90), (224, 224)])

@@ -24,6 +24,21 @@ def shake(model: nn.Module, std: float = 0.2, *, but: str = "") -> nn.Module:
     return model.eval()
 
 
+def differs(a: Tensor, b: Tensor, least: float = 1e-4) -> list[bool]:
+    """Which entries of a batch differ."""
+    return ((a - b).abs().flatten(1).amax(1) > least).tolist()
+
+
+def apart(a: Tensor, b: Tensor, least: float = 0.01) -> bool:
+    """Whether no entry of a batch is alike."""
+    return all(differs(a, b, least))
+
+
+def touched(model: nn.Module) -> set[str]:
+    """The names of the parameters that got a gradient, tied ones once."""
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-7}
+
+
 def pictures(count: int = B, size: int = 16) -> Tensor:
     return torch.rand(count, 3, size, size) * 2 - 1
 

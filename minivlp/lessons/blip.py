@@ -35,7 +35,16 @@ from minivlp.lessons.vilt import BLANK, asked, pairs, words
 from minivlp.lessons.vit import Run
 from minivlp.losses import masked_lm_loss, next_words
 from minivlp.models.albef import MomentumALBEF, belong, clamp_temperature, follow
-from minivlp.models.blip import BLIP, NOTHING_SHARED, PARTS, BLIPConfig, start_alike, start_from_vit, teacher_of, untied
+from minivlp.models.blip import (
+    BLIP,
+    MED_PARTS,
+    NOTHING_SHARED,
+    BLIPConfig,
+    start_alike,
+    start_from_vit,
+    teacher_of,
+    untied,
+)
 from minivlp.models.vit import ViT
 from minivlp.train import History, evaluating, fit, own_copy, trained
 
@@ -609,7 +618,7 @@ def gradient_cosines(model: BLIP, recipe: Recipe, *, seed: int = 0, batches: int
     kept = with_teacher(copy.deepcopy(model), recipe)
     data = BLIPBatches(human_pairs(recipe) + web_pairs(recipe), recipe, seed=seed)
     device, found = next(model.parameters()).device, {}
-    shared = {part: names for part, names in PARTS.items() if part not in model.config.decoder_own}
+    shared = {part: names for part, names in MED_PARTS.items() if part not in model.config.decoder_own}
     groups = {part: [p for block in kept.student.text.encoder for name in names
                      for p in getattr(block, name).parameters()] for part, names in shared.items()}  # fmt: skip
     for step in range(batches):
@@ -629,20 +638,20 @@ def report(made: Bootstrapped) -> dict[str, float]:
         of = torch.tensor([s == source for s in c.source])
         numbers |= {f"{source} texts": of.sum().item(), f"{source} kept": (of & kept).sum().item(),
                     f"{source} false": false[of].float().mean().item(),
-                    f"{source} false, kept": share(false & of & kept, of & kept),
-                    f"{source} filtered out": 1 - share(of & kept, of),
-                    f"{source} filter's recall": share(false & of & ~kept, false & of),
-                    f"{source} filter's precision": share(false & of & ~kept, of & ~kept)}  # fmt: skip
+                    f"{source} false, kept": share_of(false & of & kept, of & kept),
+                    f"{source} filtered out": 1 - share_of(of & kept, of),
+                    f"{source} filter's recall": share_of(false & of & ~kept, false & of),
+                    f"{source} filter's precision": share_of(false & of & ~kept, of & ~kept)}  # fmt: skip
     for kind in sorted(set(c.noise) - {""}):
         of = torch.tensor([noise == kind for noise in c.noise])
-        numbers[f"kept, {kind}"] = share(of & kept, of)
+        numbers[f"kept, {kind}"] = share_of(of & kept, of)
     if written := [text for text, source in zip(c.texts, c.source, strict=True) if source == "synthetic"]:
         numbers |= {"distinct-1": distinct(written, 1), "distinct-2": distinct(written, 2), "unique": unique(written)}
     numbers |= {"pairs in the end": len(made.data), "false in the end": made.data.false().float().mean().item()}
     return {f"CapFilt: {name}": float(value) for name, value in numbers.items()}
 
 
-def share(part: Tensor, whole: Tensor) -> float:
+def share_of(part: Tensor, whole: Tensor) -> float:
     """How much of `whole` (M) is `part` (M), 0.0 of nothing."""
     return part.sum().item() / max(1, whole.sum().item())
 

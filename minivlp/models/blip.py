@@ -16,9 +16,9 @@ from minivlp.models.dual_stream import key_mask
 from minivlp.models.vit import ViT, ViTConfig, refuse_unlike
 
 # What encoder and decoder may share -> its names in a block.
-PARTS = {"self-attention": ("attn", "norm1"), "cross-attention": ("cross",), "feed-forward": ("mlp", "norm2")}
+MED_PARTS = {"self-attention": ("attn", "norm1"), "cross-attention": ("cross",), "feed-forward": ("mlp", "norm2")}
 EMBEDDINGS = "embeddings"
-NOTHING_SHARED = (*PARTS, EMBEDDINGS)
+NOTHING_SHARED = (*MED_PARTS, EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class MED(MEDEncoder):
         super().__init__(config)
         self.decoder = self.stack()
         for own, shared in zip(self.decoder, self.encoder, strict=True):
-            for part, names in PARTS.items():
+            for part, names in MED_PARTS.items():
                 if part not in config.decoder_own:
                     for name in names:
                         setattr(own, name, getattr(shared, name))  # the very same module, not a copy
