@@ -396,10 +396,11 @@ LONGEST, SHORTEST, BEAMS, NUCLEUS = 32, 4, 3, 0.9  # tokens at most and at least
 def write(
     model: BLIP, images: Tensor, how: str = "beam", *, seed: int = 0, batch_size: int = 500, **options: object
 ) -> list[str]:
-    """A caption for each of the pictures (N, C, H, W), by "greedy", "beam" search or "nucleus" sampling."""
+    """A caption for each of the pictures (N, C, H, W), by "greedy", "beam" search or "nucleus" sampling. `options` are
+    those of the functions in `minivlp.generate`, for instance shortest=12."""
     device, texts = next(model.parameters()).device, []
     generator = torch.Generator().manual_seed(seed)
-    limits = {"end": words().sep_id, "longest": LONGEST, "shortest": SHORTEST}
+    limits = {"end": words().sep_id, "longest": LONGEST, "shortest": SHORTEST} | options
     with evaluating(model):
         for part in images.split(batch_size):
             image = model.look(part.to(device))
@@ -409,7 +410,7 @@ def write(
             elif how == "beam":
                 ids = beam_search(model.speaker(image, copies=BEAMS), first, beams=BEAMS, **limits)
             else:
-                ids = nucleus(model.speaker(image), first, generator=generator, p=NUCLEUS, **limits | options)
+                ids = nucleus(model.speaker(image), first, generator=generator, **{"p": NUCLEUS} | limits)
             texts += [words().decode(row) for row in ids]
     return texts
 

@@ -184,8 +184,9 @@ class Speaker:
     """
 
     def __init__(
-        self, model: BLIP, context: Tensor, *, context_mask: Tensor | None = None, copies: int = 1, cache: bool = True
-    ) -> None:
+        self, model: nn.Module, context: Tensor, *, context_mask: Tensor | None = None, copies: int = 1,
+        cache: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.past, self.cache = model, None, cache
         asked = [block.cross.attn.keys_values(context) for block in model.text.decoder]
         self.context = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in asked]
@@ -271,8 +272,8 @@ class BLIP(DualBLIP):
         token t, given the tokens up to t, with [DEC] in the first place, is what `lm_head` tells the next word from."""
         return self.text.decode(led_by(ids, self.config.dec_id), context, context_mask=context_mask)[0]
 
-    def speaker(self, context: Tensor, **how: object) -> Speaker:
-        """For `minivlp.generate`: writes about each of the contexts (B, S, D'). `how` as in `Speaker`."""
+    def speaker(self, context: Tensor, **how: object):
+        """A `Speaker`, for `minivlp.generate`: writes about each of the contexts (B, S, D'). `how` as there."""
         return Speaker(self, context, **how)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
