@@ -301,13 +301,13 @@ def words_loss(model: BLIP, ids: Tensor, mask: Tensor) -> Tensor:
     return lm_loss(model, None, ids, mask)
 
 
-_WORDS: dict[tuple[BLIPConfig, int, float, int], dict[str, Tensor]] = {}  # the newest few, see `learn_words`
+_WORDS: dict[tuple, dict[str, Tensor]] = {}  # the newest few, see `learn_words`
 
 
 def learn_words(model: BLIP, recipe: Recipe, *, seed: int, progress: str | None = None) -> None:
     """Let the decoder of a new model write sentences without pictures, then give the encoder the same weights: the
     course's stand-in for BERT, which the paper starts both from. The newest are remembered."""
-    key = (recipe.model, recipe.text_steps, recipe.text_lr, seed)
+    key = (recipe.model, recipe.text_steps, recipe.text_lr, recipe.batch_size, recipe.weight_decay, seed)
     if key not in _WORDS:
         history = fit(model, TextBatches(recipe, seed=seed), words_loss, steps=recipe.text_steps, lr=recipe.text_lr,
                       weight_decay=recipe.weight_decay, progress=progress and f"{progress}, words alone")  # fmt: skip
@@ -453,7 +453,10 @@ def capfilt(
 ) -> Bootstrapped:
     """Captioning and filtering (paper, 3.3, Fig. 3) with copies of one pre-trained model, of the web's first `pages`
     or all. What is not asked for is left out: without a captioner no new texts, without a filter all texts are kept."""
-    both = None if recipe.apart else tuned_for(model, recipe, seed=seed, progress=progress and "captioner and filter")
+    both = None
+    if not recipe.apart:  # no smoothing here either, see `captioner_of`
+        unsmoothed = replace(recipe, smoothing=0.0)
+        both = tuned_for(model, unsmoothed, seed=seed, progress=progress and "captioner and filter")
     captioner = filter_ = None
     candidates = web_pairs(recipe)
     if pages is not None:
