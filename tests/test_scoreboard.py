@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from minivlp import DATA, diagrams, record
-from minivlp.lessons import albef, clip, flip, vilt, vit, vlmo
+from minivlp.lessons import albef, blip, clip, flip, vilt, vit, vlmo
 from minivlp.notebooks import ROOT
 from minivlp.record import RecordError
 
 torch.set_num_threads(1)
-LESSONS = {"01_vit": vit, "02_vilt": vilt, "03_clip": clip, "04_flip": flip, "05_albef": albef, "06_vlmo": vlmo}
+LESSONS = {"01_vit": vit, "02_vilt": vilt, "03_clip": clip, "04_flip": flip, "05_albef": albef, "06_vlmo": vlmo,
+           "07_blip": blip}  # fmt: skip
 PAGE = """<!-- board --><!-- end -->
 | one | <!-- headline 09_toy -->old<!-- end --> | two | <!-- headline 10_next -->old<!-- end --> |
 <!-- scoreboard -->
