@@ -1129,7 +1129,7 @@ def test_the_main_run_compares_ways_of_writing_pictures_and_questions_alone(monk
     monkeypatch.setattr(lesson, "answers_of", lambda tuned, *, blank: {
         (writer.model, 3, False): q.answers, (writer.model, 3, True): q.answers * 0 - 1,
     }[tuned] if tuned[2] == blank else None)  # fmt: skip
-    found = lesson.main_numbers(writer.model, FEW, None, seed=3)
+    found = lesson.main_numbers(writer.model, FEW, seed=3)
     assert [how for how, *_ in writer.calls] == ["greedy", "beam", "nucleus", "beam"]
     for how in ("greedy", "beam", "nucleus"):
         assert found[f"{how}: colours, precision"] == found[f"{how}: BLEU"] == found[f"{how}: unique"] == 1.0
