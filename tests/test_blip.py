@@ -17,7 +17,7 @@ from tower_helpers import B, L, apart, close, differs, pictures, texts, touched
 
 from minivlp.data.text import DEFAULT_VOCAB_SIZE, SPECIAL_TOKENS
 from minivlp.layers import MLP, Block, count_parameters
-from minivlp.models.albef import FusionBlock, MomentumALBEF, follow
+from minivlp.models.albef import FusionBlock, MomentumALBEF, follow, start_from_vit
 from minivlp.models.blip import (
     BLIP,
     MED_PARTS,
@@ -26,7 +26,6 @@ from minivlp.models.blip import (
     MEDBlock,
     led_by,
     paper_config,
-    start_from_vit,
     teacher_of,
     untied,
 )

@@ -34,14 +34,13 @@ from minivlp.lessons.clip import image_vectors, text_vectors
 from minivlp.lessons.vilt import BLANK, asked, pairs, words
 from minivlp.lessons.vit import Run
 from minivlp.losses import masked_lm_loss, next_words
-from minivlp.models.albef import MomentumALBEF, belong, clamp_temperature, follow
+from minivlp.models.albef import MomentumALBEF, belong, clamp_temperature, follow, start_from_vit
 from minivlp.models.blip import (
     BLIP,
     MED_PARTS,
     NOTHING_SHARED,
     BLIPConfig,
     start_alike,
-    start_from_vit,
     teacher_of,
     untied,
 )

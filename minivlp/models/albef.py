@@ -274,8 +274,9 @@ class MomentumALBEF(nn.Module):
 
 
 @torch.no_grad()
-def start_from_vit(model: ALBEF, vit: ViT) -> None:
-    """Give the image encoder a trained ViT's weights (paper, 4.1: DeiT). Raises ValueError if they do not fit."""
-    refuse_unlike(vit, model.config.image_config(), "ALBEF")
+def start_from_vit(model: nn.Module, vit: ViT) -> None:
+    """Give the image encoder, an `ImageEncoder` called `vision`, a trained ViT's weights (paper, 4.1: DeiT). Raises
+    ValueError if they do not fit."""
+    refuse_unlike(vit, model.config.image_config(), type(model).__name__)
     model.vision.embed.load_state_dict(vit.embed.state_dict())
     model.vision.encoder.load_state_dict(vit.encoder.state_dict())

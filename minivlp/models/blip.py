@@ -13,7 +13,7 @@ from minivlp.layers import MLMHead, TextEmbeddings, init_normal
 from minivlp.models.albef import FusionBlock, ImageEncoder
 from minivlp.models.clip import causal_mask
 from minivlp.models.dual_stream import key_mask
-from minivlp.models.vit import ViT, ViTConfig, refuse_unlike
+from minivlp.models.vit import ViTConfig
 
 # What encoder and decoder may share -> its names in a block.
 MED_PARTS = {"self-attention": ("attn", "norm1"), "cross-attention": ("cross",), "feed-forward": ("mlp", "norm2")}
@@ -307,11 +307,3 @@ def start_alike(model: BLIP) -> None:
     """Give the encoder all the decoder's weights, as where both start from one BERT (official code)."""
     model.text.embed.load_state_dict(model.text.decoder_embed.state_dict())
     model.text.encoder.load_state_dict(model.text.decoder.state_dict())
-
-
-@torch.no_grad()
-def start_from_vit(model: BLIP, vit: ViT) -> None:
-    """Give the image encoder a trained ViT's weights (paper, 4.1). Raises ValueError if they do not fit."""
-    refuse_unlike(vit, model.config.image_config(), "BLIP")
-    model.vision.embed.load_state_dict(vit.embed.state_dict())
-    model.vision.encoder.load_state_dict(vit.encoder.state_dict())
