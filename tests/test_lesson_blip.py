@@ -838,8 +838,6 @@ def test_the_captioner_writes_about_the_pages_of_the_web_alone(fitted, monkeypat
     assert synthetic.rows.tolist() == [row for row in range(40, 120) if row != 43]  # nothing said, nothing learned
     assert synthetic.texts == [f"text {row - 40}" for row in synthetic.rows.tolist()] and set(synthetic.noise) == {""}
     assert made.filter is None and made.kept.all() and len(made.data) == 40 + 80 + 79
-    few = lesson.capfilt(model, replace(FEW, filter=False), seed=0, pages=5)
-    assert few.candidates.rows.tolist() == [*range(40, 45), 40, 41, 42, 44] and len(seen[1][1]) == 5
 
 
 @pytest.mark.parametrize(("arm", "tuned"), [("captioner", ["lm"]), ("filter", ["itc itm"]),
@@ -1109,12 +1107,12 @@ def test_every_arm_is_measured_by_what_it_writes_after_tuning(monkeypatch):
     monkeypatch.setattr(lesson, "search", lambda _: {"re-ranked": 0.25})
     monkeypatch.setattr(lesson03, "retrieval", lambda _: {"R@1 text to image": 0.5, "R@1 image to text": 0.25})
     writer = Captions(monkeypatch)
-    found = lesson.measure(writer.model, FEW, seed=3, n=20)
+    found = lesson.measure(writer.model, ("captioner", writer.model, 3), FEW, n=20)
     assert writer.calls == [("beam", 0, 20)]
     assert found["colours, precision"] == found["BLEU"] == found["unique"] == 1.0 and found["hallucinated"] == 0.0
     searched = {"R@1": 0.375, "R@1 text to image": 0.5, "R@1 image to text": 0.25, "re-ranked": 0.25}
     assert searched.items() <= found.items() and found["matching"] == 0.75
-    without = lesson.measure(writer.model, replace(FEW, itc=False), seed=3, n=20)
+    without = lesson.measure(writer.model, ("captioner", writer.model, 3), replace(FEW, itc=False), n=20)
     assert without == {name: value for name, value in found.items() if name not in searched}
 
 
@@ -1129,7 +1127,7 @@ def test_the_main_run_compares_ways_of_writing_pictures_and_questions_alone(monk
     monkeypatch.setattr(lesson, "answers_of", lambda tuned, *, blank: {
         (writer.model, 3, False): q.answers, (writer.model, 3, True): q.answers * 0 - 1,
     }[tuned] if tuned[2] == blank else None)  # fmt: skip
-    found = lesson.main_numbers(writer.model, FEW, seed=3)
+    found = lesson.main_numbers(writer.model, ("captioner", writer.model, 3), FEW, seed=3)
     assert [how for how, *_ in writer.calls] == ["greedy", "beam", "nucleus", "beam"]
     for how in ("greedy", "beam", "nucleus"):
         assert found[f"{how}: colours, precision"] == found[f"{how}: BLEU"] == found[f"{how}: unique"] == 1.0
@@ -1508,15 +1506,16 @@ def test_a_clock_counts_single_steps_tokens_and_a_whole_search(monkeypatch):
     monkeypatch.setattr(lesson, "CLOCK_STEPS", 2)
     monkeypatch.setattr(lesson, "LONGEST", 3)
     monkeypatch.setattr(lesson, "BASE", replace(PLAIN, batch_size=4))
-    monkeypatch.setattr(lesson, "MAIN", replace(FEW, steps=100, tune=10))
+    monkeypatch.setattr(lesson, "MAIN", replace(FEW, steps=100, tune=10, text_steps=7))
     real = lesson.spoken
     monkeypatch.setattr(lesson, "spoken", lambda model, image, first, cache: real(model, image, first[:40], cache))
     found = lesson.clock(CPU)
-    assert asked == [["three losses", "captioner", "filter"], ["cached", "from the beginning"], [""]]
+    assert asked == [["three losses", "captioner", "filter", "words alone"], ["cached", "from the beginning"], [""]]
     assert found == pytest.approx({
         "ms, step, three losses": 1000, "ms, step, captioner": 2000, "ms, step, filter": 3000,
+        "ms, step, words alone": 4000,
         "tokens a second, cached": 64 * 3 / 2, "tokens a second, from the beginning": 64 * 3 / 4,
-        "training seconds": 2 * 100 * 1 + 10 * (2 + 3), "ms for 1,000 x 1,000 pairs": 2000,
+        "training seconds": 2 * 100 * 1 + 7 * 4 + 10 * (2 + 3), "ms for 1,000 x 1,000 pairs": 2000,
     })  # fmt: skip
     assert {source for source in lesson.BOARD.values() if isinstance(source, str)} <= {*found, *lesson.facts()}
 
@@ -1543,10 +1542,10 @@ def test_all_pictures_are_drawn_once_before_runs_go_side_by_side(monkeypatch):
     lesson.prepare()
     everything = lesson.BASE.human + lesson.BASE.web
     default = {function: inspect.signature(function).parameters["n"].default for function in
-               (lesson.validation, lesson.answers_of, lesson03.retrieval)}  # fmt: skip
+               (lesson.validation, lesson.answers_of, lesson.preference, lesson03.retrieval)}  # fmt: skip
     assert {
         ("train", everything), ("web", everything), ("train", lesson.BASE.human), ("test", 1000),
-        ("val", default[lesson.validation]), ("test", default[lesson.answers_of]),
+        ("val", default[lesson.validation]), ("test", default[lesson.answers_of]), ("test", default[lesson.preference]),
         ("test", default[lesson03.retrieval]), ("single", "test", 400, "normal"),
         "replaced", "attribute_swap", "order_swap", "count",
     } <= drawn  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tower_helpers import B, L, close, pictures, shake, texts
+from tower_helpers import B, L, apart, close, differs, pictures, shake, texts, touched
 
 from minivlp.data.text import DEFAULT_VOCAB_SIZE
 from minivlp.layers import Attention, count_parameters, patchify
@@ -60,24 +60,9 @@ def read() -> tuple[Tensor, Tensor]:
     return ids, ids != 0
 
 
-def differs(a: Tensor, b: Tensor, least: float = 1e-4) -> list[bool]:
-    """Which entries of a batch differ."""
-    return ((a - b).abs().flatten(1).amax(1) > least).tolist()
-
-
-def apart(a: Tensor, b: Tensor, least: float = 0.01) -> bool:
-    """Whether no entry of a batch is alike."""
-    return all(differs(a, b, least))
-
-
 def who_changed(a: Tensor, b: Tensor) -> list[int]:
     """The places (B, T, D) at which something differs in any entry."""
     return ((a - b).abs().amax((0, 2)) > 1e-5).nonzero()[:, 0].tolist()
-
-
-def touched(model: nn.Module) -> set[str]:
-    """The names of the parameters that got a gradient."""
-    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-7}
 
 
 def experts_of(names: set[str]) -> list[str]:

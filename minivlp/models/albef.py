@@ -16,8 +16,28 @@ from minivlp.models.vit import ViT, ViTConfig, ViTEmbeddings, refuse_unlike
 TEMPERATURES = (0.001, 0.5)  # official code: the temperature is kept between these
 
 
+class TwoWidths:
+    """For configs with an image encoder and a text transformer, each with a width and heads of its own."""
+
+    def __post_init__(self) -> None:
+        self.image_config()  # raises ValueError if the picture cannot be cut into whole patches
+        for name in ("image", "text"):
+            width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
+            if width % heads:
+                raise ValueError(f"{name}_width {width} is not a multiple of {name}_heads {heads}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: choose a positive one, similarities are divided by it")
+
+    def image_config(self) -> ViTConfig:
+        """Of the image encoder, a ViT with a class token."""
+        return ViTConfig(
+            self.image_size, self.patch_size, self.channels, self.image_width, self.image_depth, self.image_heads,
+            self.mlp_ratio, dropout=self.dropout, eps=self.image_eps,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
-class ALBEFConfig:
+class ALBEFConfig(TwoWidths):
     """Everything that fixes an ALBEF's shape. The defaults are the course's own small model."""
 
     image_size: int = 64  # pixels a side
@@ -41,22 +61,9 @@ class ALBEFConfig:
     temperature: float = 0.07  # similarities are divided by it; learned as it is, not as a logarithm like CLIP's
 
     def __post_init__(self) -> None:
-        self.image_config()  # raises ValueError if the picture cannot be cut into whole patches
-        for name in ("image", "text"):
-            width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
-            if width % heads:
-                raise ValueError(f"{name}_width {width} is not a multiple of {name}_heads {heads}")
+        super().__post_init__()
         if self.fusion_depth < 1:
             raise ValueError(f"fusion_depth={self.fusion_depth}: choose at least 1, or no word ever sees the picture")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: choose a positive one, similarities are divided by it")
-
-    def image_config(self) -> ViTConfig:
-        """Of the image encoder, a ViT with a class token."""
-        return ViTConfig(
-            self.image_size, self.patch_size, self.channels, self.image_width, self.image_depth, self.image_heads,
-            self.mlp_ratio, dropout=self.dropout, eps=self.image_eps,
-        )  # fmt: skip
 
 
 def paper_config() -> ALBEFConfig:

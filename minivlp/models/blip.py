@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from minivlp.layers import MLMHead, TextEmbeddings, init_normal
-from minivlp.models.albef import FusionBlock, ImageEncoder
+from minivlp.models.albef import FusionBlock, ImageEncoder, TwoWidths
 from minivlp.models.clip import causal_mask
 from minivlp.models.dual_stream import key_mask
-from minivlp.models.vit import ViTConfig
 
 # What encoder and decoder may share -> its names in a block.
 MED_PARTS = {"self-attention": ("attn", "norm1"), "cross-attention": ("cross",), "feed-forward": ("mlp", "norm2")}
@@ -22,7 +21,7 @@ NOTHING_SHARED = (*MED_PARTS, EMBEDDINGS)
 
 
 @dataclass(frozen=True)
-class BLIPConfig:
+class BLIPConfig(TwoWidths):
     """Everything that fixes a BLIP's shape. The defaults are the course's own small model."""
 
     image_size: int = 64  # pixels a side
@@ -49,22 +48,9 @@ class BLIPConfig:
     decoder_own: tuple[str, ...] = ("self-attention",)  # what the decoder does not share with the encoder
 
     def __post_init__(self) -> None:
-        self.image_config()  # raises ValueError if the picture cannot be cut into whole patches
-        for name in ("image", "text"):
-            width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
-            if width % heads:
-                raise ValueError(f"{name}_width {width} is not a multiple of {name}_heads {heads}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: choose a positive one, similarities are divided by it")
+        super().__post_init__()
         if unknown := set(self.decoder_own) - set(NOTHING_SHARED):
             raise ValueError(f"decoder_own has {sorted(unknown)[0]!r}: choose among {', '.join(NOTHING_SHARED)}")
-
-    def image_config(self) -> ViTConfig:
-        """Of the image encoder, a ViT with a class token."""
-        return ViTConfig(
-            self.image_size, self.patch_size, self.channels, self.image_width, self.image_depth, self.image_heads,
-            self.mlp_ratio, dropout=self.dropout, eps=self.image_eps,
-        )  # fmt: skip
 
 
 def paper_config() -> BLIPConfig:
