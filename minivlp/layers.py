@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(context_width or width, 2 * width)  # keys and values in one product
         self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def split(self, t: Tensor) -> Tensor:  # (B, T, D) -> (B, heads, T, D/heads)
         return t.view(*t.shape[:2], self.heads, -1).transpose(1, 2)
@@ -113,7 +113,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, ratio * width)
         self.act = GELUS[gelu]()
         self.fc2 = nn.Linear(ratio * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
@@ -202,7 +202,7 @@ class TextEmbeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(max_text, width)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, ids: Tensor, *, first: int = 0) -> Tensor:
         """`first` is the position of the first token given, where the ones before it have been read already. Raises
