@@ -102,7 +102,7 @@ class QuickGELU(nn.Module):
 
 
 # name -> a new activation
-GELUS = {"exact": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh"), "quick": QuickGELU}
+GELUS = {"exact": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh"), "quick": QuickGELU, "relu": nn.ReLU}
 
 
 class MLP(nn.Module):

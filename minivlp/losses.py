@@ -6,6 +6,7 @@ Shapes: B pairs, L text tokens, S image tokens, D width, V words of the vocabula
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -86,20 +87,21 @@ def word_patch_alignment(
     return (sign * distance).mean(), distance
 
 
-def contrastive_loss(logits: Tensor, positives: Tensor | None = None) -> Tensor:
+def contrastive_loss(logits: Tensor, positives: Tensor | None = None, *, smoothing: float = 0.0) -> Tensor:
     """CLIP's loss (paper, Fig. 3), the mean of two cross-entropies: logits (B, B), a row for each picture.
 
     Along each row every picture chooses its text among B, along each column every text its picture; the true pairs
     stand on the diagonal. `positives` (B, B), True also where picture and text belong together off the diagonal, for
-    instance because two captions are the same, shares each target out evenly among them.
+    instance because two captions are the same, shares each target out evenly among them. Label `smoothing` spreads
+    this share of each target over the whole batch (BLIP-2: 0.1).
     """
-    logits = logits.float()
+    logits, cross_entropy = logits.float(), partial(F.cross_entropy, label_smoothing=smoothing)
     if positives is None:
         own = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
     targets = positives.float()
-    to_text = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
-    to_image = F.cross_entropy(logits.T, (targets / targets.sum(0, keepdim=True)).T)
+    to_text = cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+    to_image = cross_entropy(logits.T, (targets / targets.sum(0, keepdim=True)).T)
     return (to_text + to_image) / 2
 
 

@@ -167,7 +167,8 @@ def one_run(name: str, experiment: str, arm: str, seed: int, threads: int, scrat
         joined = h.began.get(loss, h.steps - len(values))  # a loss may join later than the others
         steps = list(range(joined + window, joined + len(values) + 1, window))
         curves[loss] = {"steps": steps, "values": h.smooth(loss, window)}
-    curves |= {metric: {"steps": h.metric_steps, "values": values} for metric, values in h.metrics.items()}
+    curves |= {metric: {"steps": h.measured_at.get(metric, h.metric_steps), "values": values}
+               for metric, values in h.metrics.items()}  # fmt: skip
     for curve in curves.values():
         curve["values"] = [round(v, 4) for v in curve["values"]]
     metrics = {metric: round(value, 4) for metric, value in run.metrics.items()}

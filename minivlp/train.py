@@ -52,6 +52,8 @@ class History:
     stopped: str = ""  # why the run ended early, empty if it did not
     # name of a loss -> the step before its first value, where that does not follow from the number of values
     began: dict[str, int] = field(default_factory=dict)
+    # name of a metric -> its own steps, where they are not `metric_steps`
+    measured_at: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -203,21 +203,21 @@ class TextBatches:
         return self.table(self.order.indices(step), int(torch.randint(1, 5, (), generator=generator)))
 
 
-class BLIPBatches:
-    """All that one step needs; everything random is drawn from `(seed, step)`.
+class PairBatches:
+    """Pairs of a corpus; everything random is drawn from `(seed, step)`.
 
-    Four batches are drawn together and cut by the length of their texts, so that little is spent on padding.
+    Four batches are drawn together and cut by the length of their texts, so that little is spent on padding. `images`
+    (N, ...) may stand for the pages' pictures, such as what a frozen encoder makes of them.
     """
 
     group = 4
 
-    def __init__(self, corpus: Corpus, recipe: Recipe, *, seed: int) -> None:
-        self.images, self.rows, self.recipe, self.seed = corpus.pages.images, corpus.rows, recipe, seed
+    def __init__(self, corpus: Corpus, *, batch_size: int, seed: int, images: Tensor | None = None) -> None:
+        self.images, self.rows, self.seed = corpus.pages.images if images is None else images, corpus.rows, seed
         self.table = TokenTable(corpus.texts, words())
         numbers: dict[str, int] = {}
         self.says = torch.tensor([numbers.setdefault(text, len(numbers)) for text in corpus.texts])  # equal texts
-        drawn = self.group * recipe.batch_size
-        self.order = Batches((torch.arange(len(corpus)),), batch_size=drawn, seed=seed)
+        self.order = Batches((torch.arange(len(corpus)),), batch_size=self.group * batch_size, seed=seed)
 
     def chosen(self, step: int) -> LongTensor:
         """The pairs (B) of a step."""
@@ -228,14 +228,25 @@ class BLIPBatches:
         return by_length[turn[place]]
 
     def __call__(self, step: int) -> tuple[Tensor, ...]:
-        """-> images (B, C, H, W), ids and mask (B, L), says (B), the number of each text, noise (2, B), which decides
-        the wrong partners, and alpha ()."""
-        r, chosen = self.recipe, self.chosen(step)
+        """-> images (B, ...), ids and mask (B, L), says (B), the number of each text, and noise (2, B), which decides
+        the wrong partners."""
+        chosen = self.chosen(step)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32 ^ 0x5EED)
         ids, mask = self.table(chosen, 0)
         noise = torch.rand(2, len(chosen), generator=generator)
-        alpha = torch.tensor(ramped(r.alpha, step, r.ramp * r.steps))
-        return self.images[self.rows[chosen]], ids, mask, self.says[chosen], noise, alpha
+        return self.images[self.rows[chosen]], ids, mask, self.says[chosen], noise
+
+
+class BLIPBatches(PairBatches):
+    """... and alpha (), the teacher's share of ITC's targets at this step."""
+
+    def __init__(self, corpus: Corpus, recipe: Recipe, *, seed: int) -> None:
+        super().__init__(corpus, batch_size=recipe.batch_size, seed=seed)
+        self.recipe = recipe
+
+    def __call__(self, step: int) -> tuple[Tensor, ...]:
+        r = self.recipe
+        return *super().__call__(step), torch.tensor(ramped(r.alpha, step, r.ramp * r.steps))
 
 
 # --- training --------------------------------------------------------------------------------------------------------

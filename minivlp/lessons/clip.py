@@ -280,8 +280,12 @@ def text_vectors(model: CLIP, texts: Sequence[str], *, batch_size: int = 250) ->
 def retrieval(model: CLIP, split: str = "test", *, n: int = 1000, level: int = 4) -> dict[str, float]:
     """R@1, 5 and 10 among the first `n` pages of a split, both ways."""
     data = pairs(split, n)
-    scores = image_vectors(model, data.images) @ text_vectors(model, [c[level] for c in data.captions]).T
-    own = torch.arange(n)
+    return recalls(image_vectors(model, data.images) @ text_vectors(model, [c[level] for c in data.captions]).T)
+
+
+def recalls(scores: Tensor) -> dict[str, float]:
+    """R@1, 5 and 10 both ways: scores (N, N), a row for each picture, whose own text has the same number."""
+    own = torch.arange(len(scores))
     return {f"R@{k} {way}": recall_at(s, own, k) for k in (1, 5, 10) for way, s in
             (("text to image", scores.T), ("image to text", scores))}  # fmt: skip
 

@@ -145,12 +145,16 @@ class CLIPVision(nn.Module):
             c.image_width, c.image_depth, c.image_heads, mlp_ratio=c.mlp_ratio, eps=c.eps, gelu=c.gelu
         )
 
-    def forward(self, images: Tensor, *, everything: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """images (B, C, H, W) -> (B, D). `everything` adds "embedded" (B, 1+N, D) and the `Encoder`'s names."""
+    def embed(self, images: Tensor) -> Tensor:
+        """What the blocks are given: images (B, C, H, W) -> (B, 1+N, D)."""
         check_pictures(images, self.config)
         x = self.patch_embed(images)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        x = self.norm_pre(x)
+        return self.norm_pre(x)
+
+    def forward(self, images: Tensor, *, everything: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """images (B, C, H, W) -> (B, D). `everything` adds "embedded" (B, 1+N, D) and the `Encoder`'s names."""
+        x = self.embed(images)
         states, named = self.encoder(x, rows=None if everything else 1, everything=everything)
         return states[:, 0], named | {"embedded": x} if everything else {}
 
