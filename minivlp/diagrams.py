@@ -122,6 +122,18 @@ alt_text = {
     "the human pairs, a captioner with LM and a filter with ITC and ITM. 3: the captioner writes a synthetic text for "
     "each web picture. 4: the filter keeps or drops web texts and synthetic texts. 5: human pairs, kept web pairs and "
     "kept synthetic pairs pre-train a new model.",
+    "blip2_overview": "BLIP-2 in two stages. Stage 1: a picture goes through a frozen image encoder and a trained "
+    "LayerNorm to the Q-Former, where learned queries and words share the self-attention, the queries alone have "
+    "cross-attention, and each kind has its own FFN. ITM reads the queries, ITC queries and [CLS], ITG the words. "
+    "Stage 2: the same without words. The queries' states go through a linear layer and are a prefix for a frozen "
+    "language model: decoder-only, which reads prefix and text, or encoder-decoder, whose encoder reads prefix and "
+    "prompt and whose decoder writes the text.",
+    "qformer_block": "One block of the Q-Former from bottom to top, with the queries' stream at the left and the "
+    "words' at the right. Both go through one self-attention and one LayerNorm. Then, in every second block, the "
+    "queries alone ask the frozen states of the picture by cross-attention, with a LayerNorm of its own; words pass it "
+    "by. Each stream ends in an FFN and a LayerNorm of its own. After each part its input is added.",
+    "qformer_masks": "The Q-Former's attention masks side by side, queries before words: a coloured cell means that "
+    "the token of its row may look at the token of its column, an empty cell that it may not.",
 }
 
 
@@ -1441,14 +1453,23 @@ def albef_step() -> Figure:
 EXPERTS = {"text": "L-FFN", "image": "V-FFN", "fused": "VL-FFN"}  # modality -> the paper's name of its expert
 
 
-def _ragged(c: Canvas, box: Box, labels: Sequence[str], modality: str, *, new: bool = False) -> list[Box]:
-    """A row of tokens that fills `box`, each as wide as its word needs. `new`: the first one is."""
+def _ragged(c: Canvas, box: Box, labels: Sequence[str], modality: str, *, new: int = 0) -> list[Box]:
+    """A row of tokens that fills `box`, each as wide as its word needs. `new`: how many of the first are."""
     needs = [text_width(label, SMALLEST) + 0.09 for label in labels]
     more = (box.w - GAP * (len(labels) - 1) - sum(needs)) / len(labels)
     starts = np.cumsum([box.x, *(need + more + GAP for need in needs)])
-    return [c.box(float(x), box.y, need + more, box.h, label, modality=modality, size=SMALLEST, new=new and i == 0,
+    return [c.box(float(x), box.y, need + more, box.h, label, modality=modality, size=SMALLEST, new=i < new,
                   tag="")
             for i, (x, label, need) in enumerate(zip(starts, labels, needs, strict=False))]  # fmt: skip
+
+
+def _tagged(
+    c: Canvas, x: float, y: float, w: float, h: float, text: str, *, end: float | None = None, **look: Any
+) -> Box:
+    """A box with a grey tag that says "frozen" or "shared"; `end`: where the tag ends, without it at the right."""
+    box = c.box(x, y, w, h, text, tag="", size=9.5, **look)
+    c.tag(x + w if end is None else end, y + h, "frozen" if look.get("frozen") else "shared", colour=EDGES["neutral"])
+    return box
 
 
 def vlmo_block() -> Figure:
@@ -1478,8 +1499,7 @@ def vlmo_block() -> Figure:
         (1.2, 0.36, "LayerNorm", False), (1.78, 0.44, "self-attention: every token looks at every token", False),
         (2.44, 0.36, "× γ₁, a number for each of the D", True),
     ):  # fmt: skip
-        box = c.box(left, y, wide, h, text, shared=True, new=new, tag="", size=9.5)
-        c.tag(left + wide, y + h, "shared", colour=EDGES["neutral"])
+        box = _tagged(c, left, y, wide, h, text, shared=True, new=new)
         c.arrow(below, box)
         below = box
     first = c.plus(middle, 3.12)
@@ -1514,8 +1534,7 @@ def vlmo_block() -> Figure:
 
     # Together again.
     bus = _bus(c, [mlp for _, mlp in experts], 6.26)
-    scale = c.box(left, 6.44, wide, 0.36, "× γ₂", shared=True, new=True, tag="", size=9.5)
-    c.tag(left + wide, scale.y + scale.h, "shared", colour=EDGES["neutral"])
+    scale = _tagged(c, left, 6.44, wide, 0.36, "× γ₂", shared=True, new=True)
     c.arrow((middle, bus.y), scale)
     second = c.plus(middle, 7.08)
     c.arrow(scale, second)
@@ -1797,6 +1816,18 @@ def blip_overview(image: Any = None) -> Figure:
     return c.fig
 
 
+def _add_and_norm(
+    c: Canvas, x: float, below: float, module: Box, norm: Box, *, leave: float, side: str, around: float
+) -> None:
+    """A stream of tokens at `x` from the height `below` through a module, to which it is added, into a LayerNorm. The
+    shortcut leaves it at the height `leave` and goes around that `side`, `around` inches away."""
+    plus = c.plus(x, (module.y + module.h + norm.y) / 2)
+    c.arrow((x, below), (x, module.y))
+    c.arrow((x, module.y + module.h), plus)
+    c.arrow(plus, (x, norm.y))
+    c.arrow((x, leave), plus, start=side, end=side, bend=True, middle=around)
+
+
 def blip_block() -> Figure:
     """One block of BLIP's text transformer, post-norm (paper, 3.1; official code): the encoder's stream at the left,
     the decoder's at the right; a box across both is one module for both."""
@@ -1808,9 +1839,7 @@ def blip_block() -> Figure:
     streams, centre = (left + w / 2, right + w / 2), left + wide / 2
 
     def shared(y: float, h: float, text: str, modality: str = "neutral") -> Box:
-        box = c.box(left, y, wide, h, text, modality=modality, shared=True, size=9.5)
-        c.tag(right + 0.12, y + h, "shared", colour=EDGES["neutral"])
-        return box
+        return _tagged(c, left, y, wide, h, text, end=right + 0.12, modality=modality, shared=True)
 
     # Before the first block: the same tables for both.
     tables = shared(0.68, 0.36, "tables of words and positions, LayerNorm: once, below the first block")
@@ -1863,11 +1892,7 @@ def blip_block() -> Figure:
     second = shared(7.12, 0.28, "LayerNorm")
     for below, module, norm, leave in ((4.08, cross, first, 4.54), (first.y + first.h, ffn, second, 6.08)):
         for x, side in zip(streams, ("left", "right"), strict=True):
-            plus = c.plus(x, (module.y + module.h + norm.y) / 2)
-            c.arrow((x, below), (x, module.y))
-            c.arrow((x, module.y + module.h), plus)
-            c.arrow(plus, (x, norm.y))
-            c.arrow((x, leave), plus, start=side, end=side, bend=True, middle=w / 2 + 0.06)
+            _add_and_norm(c, x, below, module, norm, leave=leave, side=side, around=w / 2 + 0.06)
     for x, first_token in ((left, "[ENC]"), (right, "[DEC]")):
         for token in _ragged(c, Box(x, 7.62, w, 0.28), (first_token, "a", "red", "house"), "fused"):
             c.arrow((token.x + token.w / 2, second.y + second.h), token)
@@ -1961,6 +1986,202 @@ def capfilt(counts: Mapping[str, int] | None = None, *, false: Mapping[str, floa
         "web, s: synthetic." + " False: contradicts its picture or says nothing of it." * bool(false)
     )
     c.note(0.1, 0.24, note, width=WIDTH - 0.2, size=8.5, colour=QUIET)
+    return c.fig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BLIP-2
+
+QUERIES = ("1", "2", "…", "Q")
+
+
+def blip2_overview(image: Any = None) -> Figure:
+    """The whole BLIP-2 (paper, Fig. 1-3), stage 1 above stage 2: what is frozen is hatched, what is trained lies on
+    grey, what no earlier lesson has is green.
+
+    `image`: the picture to draw, (3, H, W) or PIL; without it a little house.
+    """
+    c = Canvas(WIDTH, 8.28)
+    x, w, words_x, words_w = 2.38, 1.34, 3.86, 1.95  # the queries' half of the Q-Former, and the words'
+    pixels = _example_picture() if image is None else picture(image)
+
+    def trained(bottom: float, top: float, right: float) -> None:
+        c.ax.add_patch(Rectangle((1.1, bottom), right - 1.1, top - bottom, facecolor="#F5F5F5", edgecolor="none",
+                                 zorder=0))  # fmt: skip
+        c.note(1.42, top - 0.18, "trained", weight="bold")
+
+    def former(y: float, words: Sequence[str] = ()) -> tuple[Box, Box, list[list[Box]]]:
+        """From the picture to the states of the queries and, if there are `words`, of these; the tokens lie at the
+        height `y`. Returns ln_vision, the frame around the Q-Former's blocks, and the states."""
+        wide = words_x + words_w - x if words else w
+        looks = "one self-attention for both, ruled by a mask" if words else "self-attention"
+        attention = c.box(x, y + 0.5, wide, 0.34, looks, shared=bool(words), size=9.5)
+        cross = c.box(x, y + 1.08, w, 0.42, "cross-attention, in every 2nd block", modality="image", size=9)
+        states = []
+        for left, room, names, kind, below, what in (
+            (x, w, QUERIES, "image", cross, "queries"), (words_x, words_w, words, "text", attention, "words"),
+        )[: 1 + bool(words)]:  # fmt: skip
+            ffn = c.box(left, y + 1.74, room, 0.34, f"FFN for {what}", modality=kind, size=9.5)
+            c.arrow(below, ffn)
+            for token in _ragged(c, Box(left, y, room, 0.28), names, kind, new=4 * (kind == "image")):
+                c.arrow(token, attention)
+            states.append(_ragged(c, Box(left, y + 2.34, room, 0.28), names, kind))
+            for state in states[-1]:
+                c.arrow((state.x + state.w / 2, ffn.y + ffn.h), state)
+        c.arrow(attention, cross)
+        frame = c.frame(x - 0.13, y + 0.4, wide + 0.26, 1.78, new=True)
+        c.note(x - 0.2, y + 1.91, "Q-Former", weight="bold", colour=NEW, ha="right")
+        c.note(x - 0.2, y + 0.14, "queries,\nlearned", size=8.5, colour=NEW, ha="right")
+        c.note(x - 0.2, y + 2.48, "(B, Q, D)", size=8.5, ha="right")
+        level = cross.y + cross.h / 2
+        eye = _tagged(c, 0.1, level - 0.3, 0.86, 0.6, "image encoder", modality="image", frozen=True)
+        norm = c.box(1.2, level - 0.24, 0.8, 0.48, "LayerNorm, ln_vision", modality="image", new=True, tag="", size=9)
+        c.arrow(_patched(c, 0.13, y - 0.08, 0.8, pixels, 4), eye)
+        c.arrow(eye, norm)
+        c.arrow(norm, cross)
+        return norm, frame, states
+
+    # Stage 1: queries and words.
+    trained(3.84, 8.18, words_x + words_w + 0.17)
+    norm, blocks, (asked, said) = former(4.14, ("[CLS]/[DEC]", "a", "red", "house"))
+    c.note(0.1, 8.08, "stage 1", weight="bold", size=11)
+    c.note(0.1, 7.86, "Queries learn to see what words tell. No language model yet.", width=0.96, size=8.5,
+           colour=QUIET, va="top")  # fmt: skip
+    y, top = 7.06, 7.72
+    match = c.box(x, y, 0.62, 0.4, "linear\nD → 2", modality="image", size=8.5)
+    seen = c.box(x + 0.72, y, 0.62, 0.4, "linear, length 1", modality="image", size=8.5)
+    told = c.box(words_x, y, 0.6, 0.4, "linear, length 1", modality="text", size=8.5)
+    head = c.box(words_x + 0.7, y, words_w - 0.7, 0.4, "LM head", modality="text", size=9)
+    row = Box(x, asked[0].y, w, asked[0].h)
+    c.arrow(row, match)
+    c.arrow(row, seen)
+    c.arrow(said[0], told)
+    for state in said:
+        c.arrow(state, head)
+    itc = c.loss(seen.x, top, told.x + told.w - seen.x, "ITC")
+    c.arrow(match, c.loss(x, top, 0.62, "ITM"), "mean", side="right")
+    c.arrow(seen, itc, "max", side="right")
+    c.arrow(told, itc)
+    c.arrow(head, c.loss(head.x, top, head.w, "ITG"))
+    aside = words_x + words_w + 0.27
+    for y, name, text in (
+        (7.9, "ITC", "Queries see queries, words see words. The query most like [CLS] counts. No teacher, no queue."),
+        (6.76, "ITM", "All see all. Each query says whether text and picture match; the mean counts."),
+        (5.8, "ITG", "BLIP's LM: [DEC] leads the text. Words see all queries and the words before them, queries see "
+         "no words."),
+    ):  # fmt: skip
+        c.note(aside, y, name, weight="bold", va="top")
+        c.note(aside, y - 0.2, text, width=WIDTH - 0.06 - aside, size=8.5, va="top")
+    c.note(aside, 4.34, "loss = ITC + ITM + ITG", weight="bold")
+
+    # Stage 2: queries alone, and what they say to one of two language models.
+    trained(0.36, 3.62, 4.74)
+    norm_2, blocks_2, (asked,) = former(0.62)
+    c.note(0.1, 3.54, "stage 2", weight="bold", size=11)
+    c.note(0.1, 3.32, "Queries learn to speak to a language model.", width=0.96, size=8.5, colour=QUIET, va="top")
+    for a, b, at in ((norm, norm_2, 1.3), (blocks, blocks_2, x - 0.06)):
+        c.arrow((at, a.y), (at, b.y + b.h), dashed=True)
+    c.note(x - 0.14, 3.73, "weights go on", size=8.5, ha="right")
+    linear = c.box(3.92, asked[0].y - 0.11, 0.74, 0.5, "linear\nD → D_LM", modality="neutral", new=True, tag="", size=9)
+    c.arrow(asked[-1], linear)
+    left, right, prefix_w = 4.92, WIDTH - 0.08, 0.88
+    for y, title, prompt, written, start, tag in (  # tag: where the writer's ends, beside what it writes
+        (2.26, "decoder-only, as OPT", (), ("[DEC]", "a", "red", "house"), left, left + 0.76),
+        (0.46, "encoder-decoder, as T5", ("a", "red"), ("[DEC]", "house"), 6.74, 7.72),
+    ):  # fmt: skip
+        c.note(left, y + 1.48, title, weight="bold")
+        prefix = _ragged(c, Box(left, y, prefix_w, 0.28), QUERIES, "image")
+        c.arrow(linear, prefix[0], start="right", end="left", bend=True, middle=0.6)
+        c.note(left, y - 0.11, "prefix", size=8.5)
+        text_x = start if prompt else left + prefix_w + GAP
+        text = _ragged(c, Box(text_x, y, right - text_x, 0.28), written, "text")
+        c.note(text_x, y - 0.11, "text", size=8.5)
+        writes = _tagged(c, start, y + 0.47, right - start, 0.36, "decoder" if prompt else "language model",
+                         end=tag, modality="causal", frozen=True, new=True)  # fmt: skip
+        reads = writes
+        if prompt:
+            there = Box(left + prefix_w + GAP, y, 0.55, 0.28)
+            c.note(there.x, y - 0.11, "prompt", size=8.5)
+            reads = _tagged(c, left, writes.y, there.x + there.w - left, writes.h, "encoder", modality="text",
+                            frozen=True, new=True)  # fmt: skip
+            prefix += _ragged(c, there, prompt, "text")
+            c.arrow(reads, writes)
+        for token in prefix:
+            c.arrow(token, reads)
+        following = [c.box(token.x, y + 1.02, token.w, 0.28, word, modality="text", size=SMALLEST)
+                     for token, word in zip(text, [*written[1:], "[SEP]"], strict=True)]  # fmt: skip
+        for token, word in zip(text, following, strict=True):
+            c.arrow(token, writes)
+            c.arrow((word.x + word.w / 2, writes.y + writes.h), word)
+        out = c.frame(text_x - 0.05, y + 0.97, right - text_x + 0.1, 0.38)
+        c.arrow(out, c.loss(left, y + 1.0, 0.62, "LM", h=0.32))
+    below = "Gradients pass through the frozen language model to the prefix. Not drawn: the blocks' LayerNorms, "
+    c.note(0.1, 0.14, below + "shortcuts. Green: in no earlier lesson.", size=8, colour=QUIET)
+    return c.fig
+
+
+def qformer_block() -> Figure:
+    """One block of the Q-Former, post-norm (paper, 3.1, Fig. 2; official code): the queries' stream at the left, the
+    words' at the right; a box across both is one module for both."""
+    c = Canvas(WIDTH, 7.5)
+    left, w, gap = 0.46, 2.3, 1.3
+    right, wide = left + w + gap, 2 * w + gap
+    notes = left + wide + 0.36
+    queries, words = left + w / 2, right + w / 2  # where the streams go up
+    sides = ((queries, "left"), (words, "right"))
+
+    def both(y: float, h: float, text: str) -> Box:
+        return _tagged(c, left, y, wide, h, text, shared=True)
+
+    # Below the first block: words have positions, queries have none.
+    first = both(1.2, 0.28, "LayerNorm: once, below the first block")
+    table = c.box(right, 0.66, w, 0.32, "table of words + positions", modality="text", size=9)
+    for token in _ragged(c, Box(left, 0.12, w, 0.28), QUERIES, "image", new=4):
+        c.arrow(token, first)
+    for token in _ragged(c, Box(right, 0.12, w, 0.28), ("[CLS]", "a", "red", "house"), "text"):
+        c.arrow(token, table)
+    c.arrow(table, (words, first.y))
+
+    # One self-attention for both.
+    attention = both(1.96, 0.42, "self-attention with its output layer: the mask says who sees whom")
+    norm = both(2.84, 0.28, "LayerNorm")
+    for x, side in sides:
+        _add_and_norm(c, x, 1.48, attention, norm, leave=1.74, side=side, around=w / 2 + 0.06)
+
+    # The queries alone ask the picture.
+    frame = c.frame(left - 0.28, 3.36, w + 0.42, 1.68, new=True)
+    cross = c.box(left, 3.74, w, 0.42, "cross-attention:\nqueries ask the picture", modality="image", size=9)
+    asked = c.box(left, 4.62, w, 0.28, "LayerNorm", modality="image", size=9.5)
+    _add_and_norm(c, queries, 3.12, cross, asked, leave=3.54, side="left", around=w / 2 + 0.06)
+    seen = c.box(3.2, 3.74, 0.8, 0.42, "LayerNorm, ln_vision", modality="image", new=True, tag="", size=8.5)
+    eye = _tagged(c, 4.2, 3.66, 0.84, 0.58, "image encoder", end=4.78, modality="image", frozen=True)
+    c.arrow(_patched(c, 4.58, 4.5, 0.54, _example_picture(), 4), eye)
+    c.arrow(eye, seen)
+    c.arrow(seen, cross)
+    c.note(3.06, 3.5, "keys, values: (B, 1+N, D')", size=8.5)
+    c.note(frame.x + frame.w + 0.1, 4.78, "in every second block: 0, 2, 4, …", width=1.5, weight="bold", colour=NEW)
+    c.note(words + 0.1, 3.95, "No word asks the picture. What words know of it, queries tell them.", width=1.3,
+           size=8.5)  # fmt: skip
+
+    # An FFN for each kind.
+    for (x, side), below, kind, what, labels in zip(
+        sides, (asked.y + asked.h, norm.y + norm.h), ("image", "text"), ("queries", "words"),
+        (QUERIES, ("[CLS]", "a", "red", "house")), strict=True,
+    ):  # fmt: skip
+        look = {"modality": kind, "new": kind == "image", "tag": "", "size": 9.5}
+        ffn = c.box(x - w / 2, 5.44, w, 0.4, f"FFN for {what}, D → 4 D → D", **look)
+        last = c.box(x - w / 2, 6.3, w, 0.28, "LayerNorm", **look)
+        _add_and_norm(c, x, below, ffn, last, leave=5.24, side=side, around=w / 2 + 0.06)
+        for token in _ragged(c, Box(x - w / 2, 6.92, w, 0.28), labels, kind):
+            c.arrow((token.x + token.w / 2, last.y + last.h), token)
+    for y, text in (
+        (0.5, "Queries are learned, the same for every picture, and have no positions."),
+        (2.17, "Shared: the same q, k, v, output layer and LayerNorm."),
+        (5.64, "Two FFNs, as VLMo's experts (lesson 06), and their LayerNorms."),
+        (6.44, "Post-norm: add, then LayerNorm."),
+    ):  # fmt: skip
+        c.note(notes, y, text, width=WIDTH - 0.06 - notes, size=8.5)
+    c.note(notes, 7.06, "Green:\nnot in lesson 07.", size=8.5, colour=NEW)
     return c.fig
 
 
@@ -2084,16 +2305,30 @@ def block_masks(
 
     `row_labels` and `groups` have one entry a token, as in `attention_mask`.
     """
-    if not masks:
-        raise ValueError("there is nothing to draw: masks is empty")
     return _masks(masks, row_labels, groups=groups, title=title)
+
+
+def qformer_masks(masks: Mapping[str, Any], queries: int, words: Sequence[str], *, title: str | None = None) -> Figure:
+    """BLIP-2's masks (paper, Fig. 2) side by side: the name of each -> (T, T) boolean, True = the row's token may look
+    at the column's. T = Q+L: first the `queries`, then the `words`, one for each token."""
+    T = queries + len(words)
+    for name, mask in masks.items():
+        if np.shape(mask) != (T, T):
+            raise ValueError(f"masks[{name!r}] has the shape {tuple(np.shape(mask))}: {queries} queries and "
+                             f"{len(words)} words need ({T}, {T})")  # fmt: skip
+    labels = [f"query {i + 1}" for i in range(queries)] + [str(word) for word in words]
+    return _masks(masks, labels, groups=["image"] * queries + ["text"] * len(words), title=title,
+                  words={"image": "looks at queries", "text": "looks at words", "fused": "looks across"})  # fmt: skip
 
 
 def _masks(
     masks: Mapping[str, Any], row_labels: Sequence[str], col_labels: Sequence[str] | None = None, *,
     groups: Sequence[str] | None = None, col_groups: Sequence[str] | None = None, title: str | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Figure:  # fmt: skip
-    """Masks (T, S) of the same tokens in a row, each under its name."""
+    """Masks (T, S) of the same tokens in a row, each under its name. `words`: what the legend calls a modality."""
+    if not masks:
+        raise ValueError("there is nothing to draw: masks is empty")
     checked: dict[str, np.ndarray] = {}
     for key, mask in masks.items():
         name = f"masks[{key!r}]" if key else "mask"
@@ -2116,7 +2351,8 @@ def _masks(
         raise ValueError(f"there is no modality {unknown[0]!r}: choose one of {', '.join(STRONG)}")
 
     row_labels, col_labels = [str(label) for label in row_labels], [str(label) for label in col_labels]
-    words = {"image": "looks at image", "text": "looks at text", "fused": "crosses over", "neutral": "may look"}
+    words = {"image": "looks at image", "text": "looks at text", "fused": "crosses over", "neutral": "may look",
+             **(words or {})}  # fmt: skip
     used = {_reads(rows[r], columns[k]) for m in checked.values() for r, k in zip(*np.nonzero(m), strict=True)}
     legend = [(STRONG[kind], words[kind]) for kind in STRONG if kind in used]
     legend += [("white", "may not")] * (not all(m.all() for m in checked.values()))

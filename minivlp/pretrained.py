@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import LongTensor, Tensor, nn
 
+from minivlp.models.albef import ImageEncoder
 from minivlp.models.blip import BLIP, NOTHING_SHARED, BLIPConfig
+from minivlp.models.blip2 import BLIP2, BLIP2Speaker, Eye, QFormerConfig
 from minivlp.models.clip import CLIP, CLIPConfig
+from minivlp.models.lm import DecoderLM, LMConfig
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.train import CheckpointError
 
 Weights = dict[str, Tensor]
-Loader = Callable[[dict[str, Any], Weights, "int | None"], nn.Module]
+Loader = Callable[..., nn.Module]  # see `loader`
 
 HUB_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 
@@ -39,7 +43,8 @@ LOADERS: dict[str, Loader] = {}
 
 
 def loader(model_type: str) -> Callable[[Loader], Loader]:
-    """Register a function `(config, weights, num_classes) -> model` for the `model_type` of a config.json."""
+    """Register a function `(config, weights, num_classes) -> model` for the `model_type` of a config.json; BLIP-2's
+    also takes a `mouth`."""
 
     def register(function: Loader) -> Loader:
         LOADERS[model_type] = function
@@ -49,8 +54,9 @@ def loader(model_type: str) -> Callable[[Loader], Loader]:
 
 
 def from_hf(
-    path_or_id: str | PathLike[str], *, num_classes: int | None = None, cache_dir: str | PathLike[str] | None = None
-) -> nn.Module:
+    path_or_id: str | PathLike[str], *, num_classes: int | None = None, mouth: nn.Module | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+) -> nn.Module:  # fmt: skip
     """An official checkpoint as our model, in eval mode, float32, on the CPU.
 
     `path_or_id` is a folder with config.json and model.safetensors (one file, or shards with their index), or a
@@ -59,10 +65,12 @@ def from_hf(
 
     A classifier gets `model.labels`, the class names in the order of the scores. With `num_classes` the checkpoint's
     own classifier is left out and a new one of that many classes put in its place, as for fine-tuning: of zeros in a
-    ViT (ViT, 3.2), of random numbers in a ViLT; CLIP and BLIP have none. `model.fresh` names the parts of our model
-    which the checkpoint has no weights for, such as ("head",); they need training, and a new classifier has
+    ViT (ViT, 3.2), of random numbers in a ViLT; CLIP, BLIP and BLIP-2 have none. `model.fresh` names the parts of our
+    model which the checkpoint has no weights for, such as ("head",); they need training, and a new classifier has
     `labels == ()`. What is new when and where is said at the loader of each kind: `vit_from_hf`, `vilt_from_hf`,
-    `clip_from_hf`, `blip_from_hf`.
+    `clip_from_hf`, `blip_from_hf`, `blip2_from_hf`.
+
+    `mouth` is for a BLIP-2 alone: a language model that takes the place of the checkpoint's own.
 
     Raises CheckpointError if anything is missing, damaged or of another kind.
     """
@@ -74,8 +82,11 @@ def from_hf(
             f"{folder / 'config.json'} describes a model of type {model_type!r}: choose a checkpoint of type "
             + " or ".join(map(repr, sorted(LOADERS)))
         )
+    given = {} if mouth is None else {"mouth": mouth}
+    if given and model_type != "blip-2":
+        raise CheckpointError(f"{folder} holds a model of type {model_type!r}, which has no mouth: leave mouth out")
     try:
-        return LOADERS[model_type](config, _read_weights(folder), num_classes).eval()
+        return LOADERS[model_type](config, _read_weights(folder), num_classes, **given).eval()
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from error
 
@@ -125,7 +136,8 @@ def preprocess_clip(image: Image.Image, *, size: int = 224) -> Tensor:
 def preprocess_blip(image: Image.Image, *, size: int = 384) -> Tensor:
     """A picture as BLIP's weights expect it: squeezed to a square, bicubic -> float32 (3, size, size).
 
-    The colours are scaled as for CLIP. 384 pixels are those of the fine-tuned checkpoints.
+    The colours are scaled as for CLIP. 384 pixels are those of the fine-tuned checkpoints. BLIP-2's weights expect the
+    same, at the `image_size` of their config.json.
     """
     return _pixels(image, size, size, Image.Resampling.BICUBIC, CLIP_MEAN, CLIP_STD)
 
@@ -234,6 +246,27 @@ def _join_keys_values(weights: Weights, attentions: Iterable[str]) -> None:
             pair = [weights.pop(f"{attn}.{part}.{kind}", None) for part in "kv"]
             if all(tensor is not None for tensor in pair):
                 weights[f"{attn}.kv.{kind}"] = _join(f"{attn}.kv.{kind}", pair)
+
+
+def _split_joint(weights: Weights, attentions: Iterable[str]) -> None:
+    """The one matrix of queries, keys and values (3 D, D) of these modules becomes the two of our `Attention`."""
+    for attn in attentions:
+        for kind in ("weight", "bias"):
+            joined = weights.get(f"{attn}.qkv.{kind}")
+            if joined is not None and joined.ndim and len(joined) % 3 == 0:
+                third = len(weights.pop(f"{attn}.qkv.{kind}")) // 3
+                weights |= {f"{attn}.q.{kind}": joined[:third], f"{attn}.kv.{kind}": joined[third:]}
+
+
+def _one_table(weights: Weights, table: str, output: str, model: str) -> None:
+    """One word table for reading and writing, as our `model` has it: the output matrix, which may be left out."""
+    read = weights.get(table)
+    write = weights.setdefault(output, read) if read is not None else None
+    if write is not read and not torch.equal(write, read):
+        raise CheckpointError(
+            f"its decoder reads and writes with two different word tables: our {model} has one for both, choose a "
+            "checkpoint where they are tied"
+        )
 
 
 # --- ViT -------------------------------------------------------------------------------------------------------------
@@ -480,30 +513,38 @@ def clip_tokenizer(
 
 # --- BLIP ------------------------------------------------------------------------------------------------------------
 
-# The text model bears the names of BERT, whose output layers are told apart by what stands before them.
-BLIP_NAMES = (
+# The ViT of BLIP and BLIP-2, but for its last LayerNorm.
+BLIP_VISION_NAMES = (
     (r"^vision_model\.embeddings\.class_embedding$", "vision.embed.cls_token"),
     (r"^vision_model\.embeddings\.position_embedding$", "vision.embed.pos_embed"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "vision.embed.patch_embed.proj."),
     (r"^vision_model\.encoder\.layers\.(\d+)\.", r"vision.encoder.blocks.\1."),
-    (r"^vision_model\.post_layernorm\.", "vision.encoder.norm."),
     (r"\.layer_norm([12])\.", r".norm\1."),
     (r"\.self_attn\.projection\.", ".attn.proj."),
     (r"\.self_attn\.", ".attn."),
+)
+# The layers of a text transformer bear the names of BERT, whose output layers are told apart by what stands before
+# them; BLIP-2 says attention where BERT says self.
+BERT_LAYER_NAMES = (
+    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
+    (r"\.crossattention\.output\.LayerNorm\.", ".cross.norm."),
+    (r"\.crossattention\.", ".cross.attention."),
+    (r"\.attention\.(?:self|attention)\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.output\.LayerNorm\.", ".norm2."),
+)
+BLIP_NAMES = (
+    *BLIP_VISION_NAMES,
+    (r"^vision_model\.post_layernorm\.", "vision.encoder.norm."),
     (r"^text_encoder\.embeddings\.", "text.embed."),
     (r"^text_decoder\.bert\.embeddings\.", "text.decoder_embed."),
     (r"\.(word|position)_embeddings\.", r".\1."),
     (r"^(text\.(?:decoder_)?embed)\.LayerNorm\.", r"\1.norm."),
     (r"^text_encoder\.encoder\.layer\.(\d+)\.", r"text.encoder.\1."),
     (r"^text_decoder\.bert\.encoder\.layer\.(\d+)\.", r"text.decoder.\1."),
-    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
-    (r"\.crossattention\.output\.LayerNorm\.", ".cross.norm."),
-    (r"\.crossattention\.", ".cross.attention."),
-    (r"\.attention\.self\.([qkv])(?:uery|ey|alue)\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.output\.LayerNorm\.", ".norm2."),
+    *BERT_LAYER_NAMES,
     (r"^text_decoder\.cls\.predictions\.transform\.dense\.", "lm_head.dense."),
     (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "lm_head.norm."),
     (r"^text_decoder\.cls\.predictions\.(?:decoder\.)?(weight|bias)$", r"lm_head.decoder.\1"),
@@ -569,24 +610,205 @@ def blip_from_hf(config: dict[str, Any], weights: Weights, num_classes: int | No
         text_eps=text["eps"], pad_id=pad, sep_id=sep, enc_id=dec + 1, dec_id=dec, decoder_own=NOTHING_SHARED,
     )  # fmt: skip
     _flatten_kernel(weights, "vision.embed.patch_embed")
-    for attn in (f"vision.encoder.blocks.{i}.attn" for i in range(vision["depth"])):
-        for kind in ("weight", "bias"):
-            joined = weights.get(f"{attn}.qkv.{kind}")
-            if joined is not None and joined.ndim and len(joined) % 3 == 0:
-                third = len(weights.pop(f"{attn}.qkv.{kind}")) // 3
-                weights |= {f"{attn}.q.{kind}": joined[:third], f"{attn}.kv.{kind}": joined[third:]}
+    _split_joint(weights, (f"vision.encoder.blocks.{i}.attn" for i in range(vision["depth"])))
     _join_keys_values(weights, (f"text.{half}.{i}.{attn}" for half in ("encoder", "decoder")
                                 for i in range(text["depth"]) for attn in ("attn", "cross.attn")))  # fmt: skip
-    table = weights.get("text.decoder_embed.word.weight")
-    output = weights.setdefault("lm_head.decoder.weight", table) if table is not None else None
-    if output is not table and not torch.equal(output, table):
-        raise CheckpointError(
-            "its decoder reads and writes with two different word tables: our BLIP has one for both, choose a "
-            "checkpoint where they are tied"
-        )
+    _one_table(weights, "text.decoder_embed.word.weight", "lm_head.decoder.weight", "BLIP")
     fill(model, weights, fresh=tuple(p for p in BLIP_PARTS if not any(_inside(name, p) for name in weights)))
     model.labels = ()
     return model
+
+
+# --- BLIP-2 ----------------------------------------------------------------------------------------------------------
+
+# The language model's layers come first: theirs are called final_layer_norm too, as what follows all of them.
+BLIP2_NAMES = (
+    (r"^language_model\.model\.decoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"mouth.blocks.\1.norm1."),
+    (r"^language_model\.model\.decoder\.layers\.(\d+)\.final_layer_norm\.", r"mouth.blocks.\1.norm2."),
+    (r"^language_model\.model\.decoder\.layers\.(\d+)\.(fc[12])\.", r"mouth.blocks.\1.mlp.\2."),
+    (r"^language_model\.model\.decoder\.layers\.(\d+)\.", r"mouth.blocks.\1."),
+    (r"^language_model\.model\.decoder\.embed_tokens\.", "mouth.word."),
+    (r"^language_model\.model\.decoder\.embed_positions\.", "mouth.position."),
+    (r"^language_model\.model\.decoder\.final_layer_norm\.", "mouth.norm."),
+    (r"^language_model\.lm_head\.", "mouth.lm_head."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"^(language|vision|text)_projection\.", r"\1_proj."),
+    *BLIP_VISION_NAMES,
+    (r"^vision\.", "eye.tower."),
+    (r"^vision_model\.post_layernorm\.", "ln_vision."),
+    (r"^query_tokens$", "qformer.query_tokens"),
+    (r"^embeddings\.(word|position)_embeddings\.", r"qformer.embed.\1."),
+    (r"^qformer\.layernorm\.", "qformer.embed.norm."),
+    (r"^qformer\.encoder\.layer\.(\d+)\.", r"qformer.blocks.\1."),
+    (r"\.intermediate_query\.dense\.", ".query_mlp.fc1."),
+    (r"\.output_query\.dense\.", ".query_mlp.fc2."),
+    (r"\.output_query\.LayerNorm\.", ".query_norm."),
+    *BERT_LAYER_NAMES,
+)
+BLIP2_UNUSED = (r"^embeddings\.position_ids$",)
+
+BERT_SEP = 102
+OPT_OFFSET = 2  # the first rows of OPT's position table, which nothing is ever looked up in
+# What a config.json that leaves something out means, which is ViT-g.
+BLIP2_DEFAULTS = {
+    "vision": dict(hidden_size=1408, intermediate_size=6144, num_hidden_layers=39, num_attention_heads=16,
+                   layer_norm_eps=1e-6),
+    "qformer": dict(hidden_dropout_prob=0.1),
+    "text": dict(model_type="opt"),
+}  # fmt: skip
+
+
+@loader("blip-2")
+def blip2_from_hf(
+    config: dict[str, Any], weights: Weights, num_classes: int | None, *, mouth: nn.Module | None = None
+) -> BLIP2 | BLIP2Speaker:
+    """Blip2ForImageTextRetrieval, which compares -> our BLIP2, stage 1; Blip2ForConditionalGeneration (or Blip2Model)
+    with an OPT, which writes -> our BLIP2Speaker, stage 2, with a DecoderLM for a mouth.
+
+    A file of stage 1 has no head to write with, since transformers' Q-Former cannot write. Ours reads and writes with
+    one word table, which is the checkpoint's; what else the head has keeps its starting values and stands in
+    `model.fresh`, and so does the temperature. Nor does config.json say the ids of [DEC] and [SEP]: the former is the
+    last of the vocabulary, to which training added it, the latter BERT's, 102. The vectors and the scores of matches
+    are the official ones; `lm_head` says nothing before it is trained.
+
+    In stage 2 nothing is fresh. The Q-Former has no words left, so that the ids in `model.config` are the mouth's: of
+    OPT `dec_id` is `bos_token_id` and `sep_id` is `eos_token_id` (a new line, in the official files). transformers
+    wants `image_token_index` once for each query at the beginning of the ids; here the prefix comes without.
+
+    A language model that is no OPT, such as the T5 of "Salesforce/blip2-flan-t5-xl", has no class here. Load it with
+    transformers and give it as `mouth`, in a module with what `BLIP2Speaker` asks of one: `config.width`, `write`,
+    `speaker` and `lm_head`. Whatever is given, the file's own language model is left out.
+
+    The image encoder counts the blocks that are used, so that the eye skips none. Its MLPs need not be a whole multiple
+    of the width: those of ViT-g are 6144 wide, at 1408.
+    """
+    if num_classes is not None:
+        raise CheckpointError(
+            "BLIP-2 has no classifier: leave num_classes out, and match pictures with the names of the classes"
+        )
+    weights = rename(weights, BLIP2_NAMES, drop=BLIP2_UNUSED)
+    has = {name.partition(".")[0] for name in weights}
+    speaks, compares = bool(has & {"mouth", "language_model", "language_proj"}), bool(has & {"itm_head", "text_proj"})
+    if speaks == compares:
+        raise CheckpointError(
+            f"it has {'both' if speaks else 'neither'} stage 1's heads {'and' if speaks else 'nor'} stage 2's language "
+            "model: take a checkpoint of Blip2ForImageTextRetrieval or Blip2ForConditionalGeneration"
+        )
+    vision, asker, text = (_tower(config, name, BLIP2_DEFAULTS) for name in ("vision", "qformer", "text"))
+    eye, image = _eye(vision)
+    options = trunk_options(asker, image_size=224, patch_size=14)
+    _gelu(asker, "exact")
+    if compares:
+        if mouth is not None:
+            raise CheckpointError("it compares and does not write: leave mouth out")
+        words = _bert_words(asker)
+    else:
+        own_mouth = mouth is None
+        mouth = _opt(text) if own_mouth else mouth
+        words = {key: getattr(mouth.config, key) for key in ("vocab_size", "max_text", "pad_id", "sep_id", "dec_id")
+                 if hasattr(mouth.config, key)}  # fmt: skip
+    model = build(
+        partial(BLIP2, eye=eye), QFormerConfig, image_width=image["width"], image_eps=image["eps"],
+        queries=_whole(config, "num_query_tokens", 32), width=options["width"], depth=options["depth"],
+        heads=options["heads"], mlp_ratio=options["mlp_ratio"],
+        cross_every=_whole(asker, "cross_attention_frequency", 2),
+        embed_dim=_whole(config, "image_text_hidden_size", 256), dropout=options["dropout"], eps=options["eps"],
+        **words,
+    )  # fmt: skip
+    _flatten_kernel(weights, "eye.tower.embed.patch_embed")
+    looks = [f"eye.tower.encoder.blocks.{i}.attn" for i in range(image["depth"])]
+    if not vision.get("qkv_bias", True):
+        weights |= {f"{attn}.qkv.bias": torch.zeros(3 * image["width"]) for attn in looks}
+    _split_joint(weights, looks)
+    _join_keys_values(weights, (f"qformer.blocks.{i}.{attn}" for i in range(options["depth"])
+                                for attn in ("attn", "cross.attn")))  # fmt: skip
+    if compares:
+        _one_table(weights, "qformer.embed.word.weight", "lm_head.decoder.weight", "BLIP-2")
+        fill(model, weights, fresh=("temp", "lm_head.dense", "lm_head.norm", "lm_head.decoder.bias"))
+    else:
+        model = BLIP2Speaker(model, mouth)
+        if own_mouth:
+            _join_keys_values(weights, (f"mouth.blocks.{i}.attn" for i in range(mouth.config.depth)))
+            _one_table(weights, "mouth.word.weight", "mouth.lm_head.weight", "OPT")
+            positions = weights.get("mouth.position.weight")
+            if positions is not None and positions.ndim:
+                weights["mouth.position.weight"] = positions[OPT_OFFSET:]
+        else:
+            weights = {name: t for name, t in weights.items() if not name.startswith(("mouth.", "language_model."))}
+            weights |= {f"mouth.{name}": t for name, t in mouth.state_dict().items()}
+            projection = weights.get("language_proj.weight")
+            if projection is not None and len(projection) != mouth.config.width:
+                raise CheckpointError(
+                    f"the mouth reads vectors of {mouth.config.width} numbers, and its projection gives "
+                    f"{len(projection)}: give the language model that the checkpoint was trained with"
+                )
+        fill(model, weights)
+    model.labels = ()
+    return model
+
+
+def _eye(config: dict[str, Any]) -> tuple[Eye, dict[str, Any]]:
+    """The frozen image encoder of a vision_config, with its `trunk_options`."""
+    _gelu(config, "exact")
+    width, hidden = (_whole(config, f"{key}_size", 0) for key in ("hidden", "intermediate"))
+    options = trunk_options(config | dict(intermediate_size=width), image_size=224, patch_size=14)
+    tower = build(ImageEncoder, ViTConfig, **options)
+    for block in tower.encoder.blocks:  # of any width, where our MLP has a whole ratio
+        block.mlp.fc1, block.mlp.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+    return Eye(tower, skip=0), options
+
+
+def _bert_words(config: dict[str, Any]) -> dict[str, int]:
+    """What a qformer_config says of the words that the Q-Former reads in stage 1."""
+    if not config.get("use_qformer_text_input"):
+        raise CheckpointError(
+            "use_qformer_text_input is false in its qformer_config, so that its Q-Former has no MLPs for words: take a "
+            "checkpoint where it is true"
+        )
+    vocab_size = _whole(config, "vocab_size", 30_522)
+    pad = _whole(config, "pad_token_id", 0, lowest=0)
+    if max(pad, BERT_SEP) >= vocab_size:
+        raise CheckpointError(
+            f"pad_token_id {pad} and BERT's [SEP], {BERT_SEP}, are not both among its {vocab_size} tokens: choose a "
+            "checkpoint with the vocabulary of BERT"
+        )
+    return dict(vocab_size=vocab_size, max_text=_whole(config, "max_position_embeddings", 512), pad_id=pad,
+                sep_id=BERT_SEP, dec_id=vocab_size - 1)  # fmt: skip
+
+
+def _opt(config: dict[str, Any]) -> DecoderLM:
+    """An empty mouth for the OPT of a text_config. Raises CheckpointError if it is none, or one of another plan."""
+    if (kind := config["model_type"]) != "opt":
+        raise CheckpointError(
+            f"its language model is of type {kind!r} where we have a place for an OPT: load that part with "
+            "transformers, and give it to from_hf as mouth=..."
+        )
+    width, hidden = _whole(config, "hidden_size", 768), _whole(config, "ffn_dim", 3072)
+    plan = dict(activation_function="relu", do_layer_norm_before=True, _remove_final_layer_norm=False,
+                enable_bias=True, layer_norm_elementwise_affine=True, word_embed_proj_dim=width)  # fmt: skip
+    for key, value in plan.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(
+                f"its OPT has {key} {config[key]!r} where ours has {value!r}: choose a checkpoint with another OPT"
+            )
+    if hidden % width:
+        raise CheckpointError(
+            f"ffn_dim {hidden} is no whole multiple of hidden_size {width}: use a checkpoint where it is"
+        )
+    vocab_size = _whole(config, "vocab_size", 50_272)
+    pad, sep, dec = (_whole(config, f"{key}_token_id", default, lowest=0)
+                     for key, default in (("pad", 1), ("eos", 2), ("bos", 2)))  # fmt: skip
+    if max(pad, sep, dec) >= vocab_size:
+        raise CheckpointError(
+            f"pad_token_id {pad}, eos_token_id {sep} and bos_token_id {dec} are not all among its {vocab_size} tokens: "
+            "write the right ones into text_config of config.json"
+        )
+    return build(
+        DecoderLM, LMConfig, vocab_size=vocab_size, max_text=_whole(config, "max_position_embeddings", 2048),
+        width=width, depth=_whole(config, "num_hidden_layers", 12), heads=_whole(config, "num_attention_heads", 12),
+        mlp_ratio=hidden // width, dropout=_number(config, "dropout", 0.1), pad_id=pad, sep_id=sep, dec_id=dec,
+    )  # fmt: skip
 
 
 # --- helpers for every loader ----------------------------------------------------------------------------------------

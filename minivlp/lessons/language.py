@@ -180,7 +180,7 @@ def answers_after(
             for part, some in zip(torch.tensor(at).split(500), ids.to(device).split(500), strict=True):
                 before = None if prefix is None else prefix[part].to(device)
                 speaker = model.speaker(before, prompt=some)
-                first = some[:, -1] if isinstance(model, DecoderLM) else torch.full_like(some[:, 0], w.dec_id)
+                first = torch.full_like(some[:, 0], w.dec_id) if model.has_encoder else some[:, -1]
                 for i, row in zip(part.tolist(), greedy(speaker, first, end=w.sep_id, longest=longest), strict=True):
                     found[i] = w.decode(row)
     return found
@@ -190,9 +190,9 @@ def prompts_of(model: nn.Module, questions: Sequence[str], contexts: Sequence[st
     """Questions as prompts, each after a sentence that is told before it, if there are `contexts`."""
     w, asked = words(), pieces(questions)
     told = [[] for _ in asked] if contexts is None else [[*context, w.sep_id] for context in pieces(contexts)]
-    if isinstance(model, DecoderLM):
-        return [[*([w.dec_id, *t] if t else []), w.dec_id, *q] for t, q in zip(told, asked, strict=True)]
-    return [[*t, *q] for t, q in zip(told, asked, strict=True)]
+    if model.has_encoder:
+        return [[*t, *q] for t, q in zip(told, asked, strict=True)]
+    return [[*([w.dec_id, *t] if t else []), w.dec_id, *q] for t, q in zip(told, asked, strict=True)]
 
 
 def answered(model: nn.Module, *, n: int = 150, told: bool = True) -> float:

@@ -103,16 +103,17 @@ class QFormerBlock(Block):
 
     def forward(
         self, x: Tensor, queries: int, image: Tensor | None = None, *, mask: Tensor | None = None,
-        past: Past | None = None, need_weights: bool = False,
+        past: Past | None = None, rows: int | None = None, need_weights: bool = False,
     ) -> tuple[Tensor, Past, Tensor | None]:  # fmt: skip
-        """x (B, T, D), of which the first `queries` are queries and the others words, image (B, S, D') -> (B, T, D),
-        keys and values of all read so far, and on request where the queries look (B, heads, Q, S).
+        """x (B, T, D), of which the first `queries` are queries and the others words, image (B, S, D') -> (B, rows or
+        T, D), keys and values of all read so far, and on request where the queries look (B, heads, Q, S).
 
-        `mask` says who may look at whom, `past` are tokens before x.
+        `mask` says who may look at whom, `past` are tokens before x, and `rows` is as in `Block`.
         """
         keys, values = self.attn.keys_values(x)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        x = x[:, :rows]
         y, _ = self.attn(x, (keys, values), mask=mask)
         x, weights, parts = self.norm1(x + y), None, []
         if queries:
@@ -146,14 +147,17 @@ class QFormer(nn.Module):
 
     def forward(
         self, x: Tensor, queries: int, image: Tensor | None = None, *, mask: Tensor | None = None,
-        past: list[Past] | None = None, everything: bool = False,
+        past: list[Past] | None = None, rows: int | None = None, everything: bool = False,
     ) -> tuple[Tensor, list[Past], dict[str, Tensor]]:  # fmt: skip
-        """All blocks, each as `QFormerBlock`: x (B, T, D) -> states (B, T, D), the new `past`, and with `everything`
-        "cross_i" (B, heads, Q, S), where each query looks, for the blocks that do."""
+        """All blocks, each as `QFormerBlock`: x (B, T, D) -> states (B, rows or T, D), the new `past`, and with
+        `everything` "cross_i" (B, heads, Q, S), where each query looks, for the blocks that do. `rows` is for the last
+        block alone."""
         kept, named = [], {}
         for i, block in enumerate(self.blocks):
-            x, now, weights = block(x, queries, image, mask=mask, past=past[i] if past else None,
-                                    need_weights=everything and bool(block.cross))  # fmt: skip
+            x, now, weights = block(
+                x, queries, image, mask=mask, past=past[i] if past else None,
+                rows=rows if i == len(self.blocks) - 1 else None, need_weights=everything and bool(block.cross),
+            )  # fmt: skip
             kept.append(now)
             if weights is not None:
                 named[f"cross_{i}"] = weights
@@ -233,7 +237,7 @@ class BLIP2(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> vectors of length 1 (B, E), of [CLS], which no query and no picture reaches."""
-        x, _, _ = self.qformer(self.qformer.embed(ids), 0, mask=key_mask(ids != self.config.pad_id))
+        x, _, _ = self.qformer(self.qformer.embed(ids), 0, mask=key_mask(ids != self.config.pad_id), rows=1)
         return F.normalize(self.text_proj(x[:, 0]).float(), dim=-1)
 
     def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -245,8 +249,8 @@ class BLIP2(nn.Module):
         (B, 2). Each query gives its own, the mean counts."""
         Q = self.config.queries
         x = torch.cat([self.qformer.queries(len(words)), words], dim=1)
-        states, _, _ = self.qformer(x, Q, image, mask=joint_mask(mask, Q))
-        return self.itm_head(states[:, :Q]).mean(dim=1)
+        states, _, _ = self.qformer(x, Q, image, mask=joint_mask(mask, Q), rows=Q)
+        return self.itm_head(states).mean(dim=1)
 
     def write(self, ids: Tensor, past: list[Past] | None) -> Tensor:
         """ITG: texts (B, L), with [DEC] in the first place, about what the queries saw, their keys and values (None:

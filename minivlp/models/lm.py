@@ -64,6 +64,8 @@ class CausalBlock(Block):
 class DecoderLM(nn.Module):
     """A decoder-only language model, OPT on a small scale: each token sees itself and those before it."""
 
+    has_encoder = False  # a prompt is the beginning of the text
+
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -146,6 +148,8 @@ class EncoderDecoderLM(nn.Module):
 
     T5's plan with BERT's parts (post-norm, learned positions): BLIP's blocks, where a text takes the picture's place.
     """
+
+    has_encoder = True  # which reads the prompt
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
