@@ -197,11 +197,9 @@ def grounded_mask(length: int, queries: int, *, device: torch.device | str | Non
     return mask
 
 
-class BLIP2(nn.Module):
-    """Stage 1 (paper, 3.2): the frozen eye, a trained LayerNorm on its states, the Q-Former and three heads.
-
-    Without an eye there are no pictures to look at, only words to read and write, or states that are given.
-    """
+class DualBLIP2(nn.Module):
+    """Stage 1 as two encoders (paper, 3.2): the frozen eye, a trained LayerNorm on its states, the Q-Former, and
+    vectors to compare (ITC). Without an eye only states that are given can be looked at."""
 
     def __init__(self, config: QFormerConfig, eye: Eye | None) -> None:
         super().__init__()
@@ -211,12 +209,7 @@ class BLIP2(nn.Module):
         self.vision_proj = nn.Linear(c.width, c.embed_dim)
         self.text_proj = nn.Linear(c.width, c.embed_dim)
         self.temp = nn.Parameter(torch.tensor(float(c.temperature)))
-        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
-        self.lm_head = MLMHead(c.width, c.vocab_size, eps=c.eps)
-        init_normal(self, matrices=0.02 * (768 / c.width) ** 0.5)  # as BLIP here
-        nn.init.normal_(self.qformer.query_tokens, std=0.02)  # not zero: equal queries would stay equal
-        self.lm_head.decoder.weight = self.qformer.embed.word.weight  # one table for reading and writing
-        self.eye = eye  # after the starting values: it has its own
+        self.eye = eye
 
     def look(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> the frozen states, normalised, (B, S, D')."""
@@ -240,15 +233,27 @@ class BLIP2(nn.Module):
         x, _, _ = self.qformer(self.qformer.embed(ids), 0, mask=key_mask(ids != self.config.pad_id), rows=1)
         return F.normalize(self.text_proj(x[:, 0]).float(), dim=-1)
 
+
+class BLIP2(DualBLIP2):
+    """... and, with the same weights, matching (ITM) and writing (ITG)."""
+
+    def __init__(self, config: QFormerConfig, eye: Eye | None) -> None:
+        super().__init__(c := config, None)
+        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
+        self.lm_head = MLMHead(c.width, c.vocab_size, eps=c.eps)
+        init_normal(self, matrices=0.02 * (768 / c.width) ** 0.5)  # as BLIP here
+        nn.init.normal_(self.qformer.query_tokens, std=0.02)  # not zero: equal queries would stay equal
+        self.lm_head.decoder.weight = self.qformer.embed.word.weight  # one table for reading and writing
+        self.eye = eye  # after the starting values: it has its own
+
     def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """What `match` starts from: ids (B, L) -> the words, embedded, (B, L, D)."""
         return self.qformer.embed(ids)
 
     def match(self, words: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """ITM: what `read` gave (B, L, D) with its mask (B, L) and states of as many pictures (B, S, D') -> scores
-        (B, 2). Each query gives its own, the mean counts."""
-        Q = self.config.queries
-        x = torch.cat([self.qformer.queries(len(words)), words], dim=1)
+        """ITM: what `read` gave (B, L, D), mask (B, L), states of as many pictures (B, S, D') -> scores (B, 2), the
+        mean of the queries'."""
+        x, Q = torch.cat([self.qformer.queries(len(words)), words], dim=1), self.config.queries
         states, _, _ = self.qformer(x, Q, image, mask=joint_mask(mask, Q), rows=Q)
         return self.itm_head(states).mean(dim=1)
 
@@ -256,16 +261,14 @@ class BLIP2(nn.Module):
         """ITG: texts (B, L), with [DEC] in the first place, about what the queries saw, their keys and values (None:
         about nothing) -> states (B, L, D). From the one at token t `lm_head` tells the next word."""
         ids = led_by(ids, self.config.dec_id)
-        Q, L = (past[0][0].shape[2] if past else 0), ids.shape[1]
-        mask = prefix_mask(Q, L, device=ids.device)
+        mask = prefix_mask(past[0][0].shape[2] if past else 0, ids.shape[1], device=ids.device)
         return self.qformer(self.qformer.embed(ids), 0, mask=mask, past=past)[0]
 
     def speaker(self, image: Tensor, *, copies: int = 1) -> PrefixSpeaker:
         """For `minivlp.generate`: the Q-Former itself writes about a picture's states (B, S, D')."""
-        Q = self.config.queries
 
-        def step(ids: Tensor, past: list[Past]) -> tuple[Tensor, list[Past]]:
-            words = self.qformer.embed(ids, first=past[0][0].shape[2] - Q)  # queries take no position
+        def step(ids: Tensor, past: list[Past]) -> tuple[Tensor, list[Past]]:  # queries take no position
+            words = self.qformer.embed(ids, first=past[0][0].shape[2] - self.config.queries)
             return self.qformer(words, 0, past=past)[:2]
 
         return PrefixSpeaker(step, self.lm_head, self.see(image)[1], copies=copies)
@@ -273,8 +276,7 @@ class BLIP2(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """images (B, C, H, W), ids and mask (B, L) -> by name: "image" (B, S, D'), "queries" (B, Q, D), "query vectors"
         (B, Q, E), "text vector" (B, E), "match" (B, 2) and "next" (B, L, V), the scores of each next word."""
-        image = self.look(images)
-        states, past = self.see(image)
+        states, past = self.see(image := self.look(images))
         return {"image": image, "queries": states, "query vectors": self.query_vectors(states),
                 "text vector": self.encode_text(ids), "match": self.match(self.read(ids), mask, image),
                 "next": self.lm_head(self.write(ids, past))}  # fmt: skip

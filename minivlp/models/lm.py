@@ -61,10 +61,8 @@ class CausalBlock(Block):
         return x + self.mlp(self.norm2(x)), (keys, values)
 
 
-class DecoderLM(nn.Module):
-    """A decoder-only language model, OPT on a small scale: each token sees itself and those before it."""
-
-    has_encoder = False  # a prompt is the beginning of the text
+class CausalTransformer(nn.Module):
+    """OPT on a small scale: a stack of causal blocks between two uses of one table of words."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -78,7 +76,11 @@ class DecoderLM(nn.Module):
         self.norm = nn.LayerNorm(c.width, eps=c.eps)
         self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
         init_normal(self)
-        self.lm_head.weight = self.word.weight  # one table for reading and writing
+        self.lm_head.weight = self.word.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Words as vectors, without positions: (B, L) -> (B, L, D)."""
+        return self.word(ids)
 
     def forward(self, x: Tensor, past: list[Past] | None = None) -> tuple[Tensor, list[Past]]:
         """Vectors in the place of words x (B, L, D), after a `past` of T tokens -> states (B, L, D), and the new past.
@@ -94,15 +96,17 @@ class DecoderLM(nn.Module):
             kept.append(now)
         return self.norm(x), kept
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Words as vectors, without positions: (B, L) -> (B, L, D)."""
-        return self.word(ids)
+
+class DecoderLM(CausalTransformer):
+    """A decoder-only language model: it goes on after whatever stands before, words or other vectors."""
+
+    has_encoder = False  # a prompt is the beginning of the text
 
     def write(
         self, ids: Tensor, prefix: Tensor | None, *, prompt: Tensor | None = None, prompt_mask: Tensor | None = None
     ) -> Tensor:
         """Texts (B, L) that begin with [DEC], after a prefix (B, P, D) -> states (B, L, D), from which `lm_head` tells
-        each next word. To put a prompt before the answer, write it into the texts: this model has one sequence."""
+        each next word. Raises ValueError for a prompt: that belongs into the texts here, before the answer."""
         if prompt is not None:
             raise ValueError("a decoder-only model has one sequence: put the prompt before the text, in `ids`")
         x = self.embed(ids) if prefix is None else torch.cat([prefix, self.embed(ids)], dim=1)
@@ -144,10 +148,8 @@ class PrefixSpeaker:
 
 
 class EncoderDecoderLM(nn.Module):
-    """An encoder-decoder language model: one half reads prefix and prompt, both ways, the other writes and asks it.
-
-    T5's plan with BERT's parts (post-norm, learned positions): BLIP's blocks, where a text takes the picture's place.
-    """
+    """An encoder-decoder language model, T5's plan with BERT's parts: one half reads prefix and prompt, both ways, the
+    other writes and asks it. BLIP's blocks, where a text takes the picture's place."""
 
     has_encoder = True  # which reads the prompt
 
@@ -165,39 +167,28 @@ class EncoderDecoderLM(nn.Module):
         init_normal(self, matrices=0.02 * (768 / c.width) ** 0.5)
         self.lm_head.decoder.weight = self.text.embed.word.weight
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Words as vectors, with their positions: (B, L) -> (B, L, D)."""
-        return self.text.embed(ids)
-
     def read(
-        self, prefix: Tensor | None, prompt: Tensor | None = None, prompt_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The encoder: a prefix (B, P, D) and a prompt with its mask (B, L) -> states (B, P+L, D) and which of them
-        there are, (B, P+L)."""
-        parts, masks = [], []
-        if prefix is not None:
-            parts.append(prefix)
-            masks.append(prefix.new_ones(prefix.shape[:2], dtype=torch.bool))
+        self, prefix: Tensor | None, prompt: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder: a prefix (B, P, D), a prompt (B, L) and its mask -> states (B, P+L, D) and which of them there
+        are, (B, P+L)."""
+        parts = [] if prefix is None else [(prefix, prefix.new_ones(prefix.shape[:2], dtype=torch.bool))]
         if prompt is not None:
-            parts.append(self.text.embed(prompt, first=0 if prefix is None else prefix.shape[1]))
-            masks.append(prompt != self.config.pad_id if prompt_mask is None else prompt_mask)
-        x, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+            words = self.text.embed(prompt, first=0 if prefix is None else prefix.shape[1])
+            parts.append((words, prompt != self.config.pad_id if mask is None else mask))
+        x, there = (torch.cat(several, dim=1) for several in zip(*parts, strict=True))
         for block in self.text.encoder:
-            x, _, _ = block(x, mask=key_mask(mask))
-        return x, mask
+            x, _, _ = block(x, mask=key_mask(there))
+        return x, there
 
     def write(
         self, ids: Tensor, prefix: Tensor | None, *, prompt: Tensor | None = None, prompt_mask: Tensor | None = None
     ) -> Tensor:
-        """Texts (B, L) that begin with [DEC], about a prefix (B, P, D) and a prompt (B, L') -> states (B, L, D), from
-        which `lm_head` tells each next word."""
+        """Texts (B, L) from [DEC] on, about a prefix (B, P, D) and a prompt (B, L') -> states (B, L, D)."""
         context, mask = self.read(prefix, prompt, prompt_mask)
         return self.text.decode(ids, context, context_mask=mask)[0]
 
-    def speaker(
-        self, prefix: Tensor | None, *, prompt: LongTensor | None = None, prompt_mask: Tensor | None = None,
-        copies: int = 1,
-    ) -> Speaker:  # fmt: skip
-        """For `minivlp.generate`: writes from [DEC] on about a prefix (B, P, D) and a prompt (B, L)."""
+    def speaker(self, prefix: Tensor | None, *, prompt=None, prompt_mask=None, copies: int = 1) -> Speaker:
+        """For `minivlp.generate`: writes from [DEC] on. Arguments as in `write`, `copies` as in `Speaker`."""
         context, mask = self.read(prefix, prompt, prompt_mask)
         return Speaker(self, context, context_mask=mask, copies=copies)
