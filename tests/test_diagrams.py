@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +20,18 @@ from minivlp import diagrams
 from minivlp.diagrams import Canvas
 from minivlp.lessons.vlmo import MAIN
 from minivlp.models.blip import MED, BLIPConfig
+from minivlp.models.blip2 import (
+    BLIP2,
+    BLIP2Speaker,
+    Eye,
+    QFormer,
+    QFormerConfig,
+    grounded_mask,
+    joint_mask,
+    separate_mask,
+)
+from minivlp.models.lm import DecoderLM, EncoderDecoderLM, LMConfig
+from minivlp.models.vit import ViT, ViTConfig
 from minivlp.models.vlmo import moves_in_stage_2
 from minivlp.plots import use_style
 
@@ -28,12 +41,20 @@ def style():
     use_style()
 
 
-GROUND = to_rgb("#F5F5F5")  # of the map's bands
+GROUND = to_rgb("#F5F5F5")  # of bands
 TOKENS = ["query 1", "query 2", "[DEC]", "a", "red", "umbrella"]
 MASK = np.tril(np.ones((6, 6), bool))
 PAIR, PAIR_GROUPS = ["[CLS]", "a", "cat", "[SEP]", "CLS", "1", "2", "3", "4"], ["text"] * 4 + ["image"] * 5
 SAME = np.equal.outer(PAIR_GROUPS, PAIR_GROUPS)
 BLOCKS = {"all\n(single stream)": SAME | True, "cross\n(cross-attention)": ~SAME, "separate\n(two encoders)": SAME}
+
+ASKED = ["[CLS] / [DEC]", "a", "red", "[SEP]"]  # the words beside three queries
+THERE = torch.ones(1, 4, dtype=torch.bool)
+QFORMER = {
+    "ITC\n(uni-modal)": separate_mask(THERE, 3)[0, 0].numpy(),
+    "ITM\n(bi-directional)": joint_mask(THERE, 3)[0, 0].expand(7, 7).numpy(),
+    "ITG\n(multimodal causal)": grounded_mask(4, 3).numpy(),
+}
 
 COUNTS = {"human": 2_000, "web": 4_000, "synthetic": 3_998, "web kept": 2_610, "synthetic kept": 2_904,
           "in the end": 7_514}  # fmt: skip
@@ -106,6 +127,13 @@ DRAWINGS = {
     "capfilt counts": lambda: diagrams.capfilt(COUNTS, false=FALSE),
     "capfilt large": lambda: diagrams.capfilt(dict.fromkeys(COUNTS, 129_000_000), false=dict.fromkeys(FALSE, 1.0)),
     "capfilt shares": lambda: diagrams.capfilt(false={"web": 0.43}),
+    "blip2_overview": diagrams.blip2_overview,
+    "blip2_overview picture": lambda: diagrams.blip2_overview(np.zeros((3, 32, 64), np.uint8)),
+    "qformer_block": diagrams.qformer_block,
+    "qformer_masks": lambda: diagrams.qformer_masks(QFORMER, 3, ASKED),
+    "qformer_masks large": lambda: diagrams.qformer_masks(
+        {"ITG": grounded_mask(24, 32).numpy()}, 32, ["word"] * 24, title="At the paper's size"
+    ),
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -239,27 +267,43 @@ def boxes(fig: Figure, **look) -> list[str]:
     names = {p.get_gid() for p in outlines if p.get_gid() and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)}
     if "shared" in look:  # the inner outline follows its box and has no name
         names = {a.get_gid() for a, b in itertools.pairwise(outlines)
-                 if a.get_gid() and not b.get_gid() and b.get_linestyle() == "solid"}  # fmt: skip
+                 if a.get_gid() and not b.get_gid() and b.get_linestyle() == "solid" and not b.get_hatch()}  # fmt: skip
     return [t.get_text() for t in words(fig) if t.get_gid() in names]
+
+
+def hatched(fig: Figure) -> list[str]:
+    """The words of the frozen boxes, in the order of drawing."""
+    frozen = {a.get_gid() for a, b in itertools.pairwise(fig.findobj(FancyBboxPatch)) if b.get_hatch()}
+    return [" ".join(t.get_text().split()) for t in words(fig) if t.get_gid() in frozen]
+
+
+def grounds(fig: Figure) -> list[Bbox]:
+    """Where the grey grounds lie, in the order of drawing."""
+    return [p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND]
+
+
+def new_frames(fig: Figure) -> list[Bbox]:
+    """Where the green dashed frames lie, in the order of drawing."""
+    dashed = (p for p in fig.findobj(FancyBboxPatch) if p.get_linestyle() not in ("-", "solid"))
+    return [p.get_window_extent() for p in dashed if to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)]
 
 
 def test_the_map_names_four_architectures_around_the_common_root():
     fig = diagrams.course_map()
     texts = {t.get_text(): t for t in words(fig)}
-    bands = {name: texts[name] for name in ("single stream", "dual stream", "fusion + dual", "dual encoder")}
-    grounds = [p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND]
+    titles = {name: texts[name] for name in ("single stream", "dual stream", "fusion + dual", "dual encoder")}
     homes = {}  # band -> the words of the boxes that lie in it
-    for name, title in bands.items():
-        (ground,) = [g for g in grounds if _contains(g, extent(title))]
+    for name, title in titles.items():
+        (ground,) = [g for g in grounds(fig) if _contains(g, extent(title))]
         inside = [text for text in texts.values() if text.get_gid() and _contains(ground, extent(text))]
         homes[name] = {text.get_text().split("\n")[0] for text in inside}
     assert homes == {
         "single stream": {"02 ViLT"}, "dual stream": {"LXMERT, ViLBERT"}, "dual encoder": {"03 CLIP", "04 FLIP"},
         "fusion + dual": {"05 ALBEF", "06 VLMo", "07 BLIP", "08 BLIP-2"},
     }  # fmt: skip
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(grounds, 2))
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(grounds(fig), 2))
     assert "LXMERT, ViLBERT\nbuilt in lesson 02 to compare" in texts
-    assert all(name in diagrams.alt_text["course_map"].lower() for name in bands)
+    assert all(name in diagrams.alt_text["course_map"].lower() for name in titles)
 
 
 @pytest.mark.parametrize("number", diagrams.LESSONS)
@@ -467,12 +511,7 @@ def test_albef_marks_what_no_earlier_lesson_has():
     assert [" ".join(text.split()) for text in boxes(fig, new=True)] == [
         "the teacher: a twin of all of this without ITM", "batch: B", "queue: Q earlier pairs", "ITC"
     ]  # fmt: skip
-    frames = [
-        p.get_window_extent()
-        for p in fig.findobj(FancyBboxPatch)
-        if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)
-    ]
-    (frame,) = frames
+    (frame,) = new_frames(fig)
     inside = {name.split(":")[0].split(",")[0] for name, found in placed(fig).items() if _contains(frame, found[0])}
     assert inside == {"self-attention", "cross-attention", "MLP"}
 
@@ -510,8 +549,7 @@ def test_the_seven_parts_of_a_step_stand_in_order_and_gradients_reach_the_studen
     assert sorted(tops) == list("①②③④⑤⑥⑦") and {k: len(v) for k, v in tops.items() if len(v) > 1} == {"⑥": 2}
     order = [max(tops[k]) for k in "①②③④⑤⑥⑦"]
     assert all(a > b - 1 for a, b in itertools.pairwise(order))
-    bands = sorted((p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND),
-                   key=lambda b: b.x0)  # fmt: skip
+    bands = sorted(grounds(fig), key=lambda b: b.x0)
     teacher, student = ({name for name, found in shapes.items() if any(_contains(band, box) for box in found)}
                         for band in bands)  # fmt: skip
     goals = {"④ ITC": "vectors (B, E) twice", "⑥ ITM": "fusion half, 3 B pairs: B true, 2 B wrong",
@@ -523,10 +561,7 @@ def test_the_seven_parts_of_a_step_stand_in_order_and_gradients_reach_the_studen
     still = joined(fig, look="dashed")
     assert {("queue: Q earlier pairs", "keys: B + Q"), ("scores (M, V)", "⑦ MLM"), ("④ ITC", "⑥ draw wrong partners"),
             ("⑥ draw wrong partners", "fusion half, 3 B pairs: B true, 2 B wrong")} <= still  # fmt: skip
-    every = fig.findobj(FancyBboxPatch)
-    frozen = {a.get_gid() for a, b in itertools.pairwise(every) if b.get_hatch()}
-    hatched = {" ".join(t.get_text().split()) for t in words(fig) if t.get_gid() in frozen}
-    assert hatched == teacher | {"⑥ draw wrong partners"}
+    assert set(hatched(fig)) == teacher | {"⑥ draw wrong partners"}
 
 
 def is_filled(patch: FancyBboxPatch, kind: str) -> bool:
@@ -553,12 +588,7 @@ def test_a_multiway_block_shares_all_but_three_experts_which_own_their_layer_nor
     texts = [t for t in words(fig)]
     assert [t.get_text() for t in texts].count("shared") == len(shared)
     shapes = [p for p in fig.findobj(FancyBboxPatch) if p.get_gid()]
-    frames = [
-        p.get_window_extent()
-        for p in fig.findobj(FancyBboxPatch)
-        if p.get_linestyle() not in ("-", "solid") and to_rgb(p.get_edgecolor()[:3]) == to_rgb(diagrams.NEW)
-    ]
-    frames = sorted(frames, key=lambda b: b.x0)
+    frames = sorted(new_frames(fig), key=lambda b: b.x0)
     arrows = {to_rgb(line.get_color()): line.get_transform().transform(line.get_xydata())
               for line in fig.findobj(Line2D) if line.get_gid() == "arrow"}  # fmt: skip
     for frame, kind, name in zip(frames, ("text", "image", "fused"), ("L-FFN", "V-FFN", "VL-FFN"), strict=True):
@@ -577,8 +607,7 @@ def test_a_multiway_block_shares_all_but_three_experts_which_own_their_layer_nor
 
 def test_vlmo_is_one_stack_used_three_times():
     fig = diagrams.vlmo_overview()
-    bands = sorted((p.get_window_extent() for p in fig.findobj(Rectangle) if to_rgb(p.get_facecolor()[:3]) == GROUND),
-                   key=lambda b: b.y0)  # fmt: skip
+    bands = sorted(grounds(fig), key=lambda b: b.y0)
     titles = ["image encoder", "text encoder", "fusion encoder"]
     used = []
     for column in columns(fig, titles):
@@ -626,11 +655,12 @@ def test_the_stages_freeze_what_the_code_freezes_and_name_the_courses_data():
              "V-FFN": "blocks.0.experts.image.", "VL-FFN": "blocks.3.experts.pair."}  # fmt: skip
     idle = [{name for name in parts if name not in column} for column in works]
     assert idle == [{"word embeddings", "L-FFN", "VL-FFN"}, {"VL-FFN"}, set()]
-    shapes = fig.findobj(FancyBboxPatch)
-    hatched = {a.get_gid() for a, b in itertools.pairwise(shapes) if b.get_hatch()}
-    frozen = {" ".join(t.get_text().split()): t for t in words(fig) if t.get_gid() in hatched}
+    frozen = hatched(fig)
     assert set(frozen) == {name for name in set(parts) - idle[1] if not moves_in_stage_2(parts[name])}
-    assert all(any(_contains(box, extent(t)) for box in works[1][name]) for name, t in frozen.items())
+    assert len(set(frozen)) == len(frozen)
+    for name in frozen:
+        (box,) = works[1][name]
+        assert any(p.get_hatch() for p in fig.findobj(FancyBboxPatch) if _contains(p.get_window_extent(), box))
     assert [{name for name in column if name in ("MIM", "ITC", "ITM", "MLM")} for column in works] == [
         {"MIM"}, {"MLM"}, {"ITC", "ITM", "MLM"}
     ]  # fmt: skip
@@ -792,6 +822,167 @@ def test_capfilt_prints_each_number_at_its_own_arrow():
     assert any("False: contradicts" in " ".join(text.split()) for text in some)
 
 
+def stages(fig: Figure) -> list[dict[str, list[Bbox]]]:
+    """`placed`, above and below the title of the second stage of BLIP-2."""
+    (second,) = [extent(t).y1 for t in words(fig) if t.get_text() == "stage 2"]
+    found: list[dict[str, list[Bbox]]] = [{}, {}]
+    for name, every in placed(fig).items():
+        for box in every:
+            found[int(box.y0 < second + 25)].setdefault(name, []).append(box)
+    return found
+
+
+def test_blip2_trains_what_lies_on_grey_and_freezes_what_is_hatched_as_the_code_does():
+    fig = diagrams.blip2_overview()
+    lm = LMConfig(width=16, depth=1, heads=2)
+    eye = Eye(ViT(ViTConfig(width=16, depth=2, heads=2)))
+    first = BLIP2(QFormerConfig(image_width=16, width=16, depth=2, heads=2), eye)
+    second = [BLIP2Speaker(first, mouth(lm)) for mouth in (DecoderLM, EncoderDecoderLM)]
+    drawn = {  # where a part lies in the code -> the words of its boxes
+        "eye": {"image encoder"}, "ln_vision": {"LayerNorm, ln_vision"},
+        "qformer": {"cross-attention, in every 2nd block", "FFN for queries", "FFN for words", "self-attention",
+                    "one self-attention for both, ruled by a mask"},
+        "itm_head": {"linear D → 2"}, "vision_proj": {"linear, length 1"}, "text_proj": {"linear, length 1"},
+        "lm_head": {"LM head"}, "language_proj": {"linear D → D_LM"}, "mouth": {"language model", "encoder", "decoder"},
+    }  # fmt: skip
+    trains: dict[str, bool] = {}
+    for name, parameter in itertools.chain(*(model.named_parameters() for model in (first, *second))):
+        part = name.split(".")[0]
+        assert trains.setdefault(part, parameter.requires_grad) == parameter.requires_grad, name
+    assert set(trains) == set(drawn) | {"temp"}
+    frozen = set.union(*(names for part, names in drawn.items() if not trains[part]))
+    assert set(hatched(fig)) == frozen and len(hatched(fig)) == 5
+    assert [t.get_text() for t in words(fig)].count("frozen") == 5
+
+    assert len(grounds(fig)) == 2 == [t.get_text() for t in words(fig)].count("trained")
+    for name in set.union(*drawn.values()):
+        for box in placed(fig)[name]:
+            on_grey = any(_contains(ground, box) for ground in grounds(fig))
+            beside = not any(ground.overlaps(box) for ground in grounds(fig))
+            assert beside if name in frozen else on_grey, name
+
+
+def test_the_stages_of_blip2_differ_in_words_heads_and_mouth_and_the_weights_go_on():
+    fig = diagrams.blip2_overview()
+    first, second = stages(fig)
+    both = {"image encoder", "LayerNorm, ln_vision", "cross-attention, in every 2nd block", "FFN for queries",
+            *diagrams.QUERIES}  # fmt: skip
+    assert both <= set(first) & set(second)
+    assert {"FFN for words", "[CLS]/[DEC]", "ITC", "ITM", "ITG"} <= set(first) - set(second)
+    assert {"linear D → D_LM", "language model", "encoder", "decoder", "LM"} <= set(second) - set(first)
+    assert len(second["LM"]) == 2 and "LM head" in first
+    (attention,) = first["one self-attention for both, ruled by a mask"]
+    queries, texts = first["FFN for queries"][0], first["FFN for words"][0]
+    assert abs(attention.x0 - queries.x0) < 1 and abs(attention.x1 - texts.x1) < 1  # it lies under both
+    (cross,) = first["cross-attention, in every 2nd block"]
+    assert cross.x1 < texts.x0  # words have none
+    assert boxes(fig, shared=True) == ["one self-attention for both, ruled by a mask"]
+    down = [line.get_transform().transform(line.get_xydata()) for line in fig.findobj(Line2D)
+            if line.get_gid() == "arrow" and line.get_linestyle() == "--"]  # fmt: skip
+    frames = new_frames(fig)
+    for route, above, below in zip(
+        down, (first["LayerNorm, ln_vision"][0], frames[0]), (second["LayerNorm, ln_vision"][0], frames[1]), strict=True
+    ):
+        assert abs(route[0][1] - above.y0) < 3 and abs(route[-1][1] - below.y1) < 10
+        assert max(above.x0, below.x0) < route[0][0] == route[-1][0] < min(above.x1, below.x1)
+    new = [" ".join(text.split()) for text in boxes(fig, new=True)]
+    assert set(new) == {*diagrams.QUERIES, "LayerNorm, ln_vision", "linear D → D_LM", "language model", "encoder",
+                        "decoder"}  # fmt: skip
+
+
+def test_queries_ask_the_frozen_eye_words_ask_nobody_and_each_loss_reads_its_own():
+    fig = diagrams.blip2_overview()
+    arrows = joined(fig)
+    attention, cross = "one self-attention for both, ruled by a mask", "cross-attention, in every 2nd block"
+    assert {("image encoder", "LayerNorm, ln_vision"), ("LayerNorm, ln_vision", cross), (attention, cross),
+            (cross, "FFN for queries"), (attention, "FFN for words")} <= arrows  # fmt: skip
+    assert {a for a, b in arrows if b == cross} == {attention, "self-attention", "LayerNorm, ln_vision"}
+    assert not any(a == cross and b == "FFN for words" for a, b in arrows)
+    into = {loss: {a for a, b in arrows if b == loss} for loss in ("ITC", "ITM", "ITG")}
+    assert into == {"ITC": {"linear, length 1"}, "ITM": {"linear D → 2"}, "ITG": {"LM head"}}
+    assert {a for a, b in arrows if b == "LM head"} == {"[CLS]/[DEC]", "a", "red", "house"}
+    first, _ = stages(fig)
+    of_queries, of_text = sorted(first["linear, length 1"], key=lambda box: box.x0)
+    states = {name: max(first[name], key=lambda box: box.y0) for name in (*diagrams.QUERIES, "[CLS]/[DEC]", "a")}
+    assert ("[CLS]/[DEC]", "linear, length 1") in arrows and ("a", "linear, length 1") not in arrows
+    assert first["linear D → 2"][0].x1 < of_queries.x0 < of_queries.x1 < states["[CLS]/[DEC]"].x0 <= of_text.x0
+    assert states["1"].x0 <= first["linear D → 2"][0].x0 and of_queries.x1 <= states["Q"].x1 + 1
+    beside = {t.get_text(): extent(t).x0 for t in words(fig) if t.get_text() in ("mean", "max")}
+    assert first["ITM"][0].x0 < beside["mean"] < first["ITC"][0].x0 < beside["max"] < first["ITC"][0].x1
+
+
+def test_a_prefix_goes_to_both_mouths_and_neither_is_asked_about_it():
+    fig = diagrams.blip2_overview()
+    arrows, (_, second) = joined(fig), stages(fig)
+    assert {("Q", "linear D → D_LM"), ("linear D → D_LM", "1")} <= arrows
+    into = {name: {a for a, b in arrows if b == name} for name in ("language model", "encoder", "decoder")}
+    assert into == {"language model": {*diagrams.QUERIES, "[DEC]", "a", "red", "house"},
+                    "encoder": {*diagrams.QUERIES, "a", "red"}, "decoder": {"encoder", "[DEC]", "house"}}  # fmt: skip
+    out = {name: {b for a, b in arrows if a == name} for name in into}
+    assert out == {"language model": {"a", "red", "house", "[SEP]"}, "encoder": {"decoder"},
+                   "decoder": {"house", "[SEP]"}}  # fmt: skip
+    losses = sorted(second["LM"], key=lambda box: -box.y0)
+    for name, loss in zip(("language model", "decoder"), losses, strict=True):
+        (mouth,) = second[name]
+        told = [(box.x0, word) for word, found in second.items() for box in found
+                if box.y0 > mouth.y1 and abs(box.y0 - loss.y0) < 9 and word != "LM" and box.x0 > loss.x1]  # fmt: skip
+        read = [(box.x0, word) for word, found in second.items() for box in found
+                if box.y1 < mouth.y0 and box.y0 > mouth.y0 - 60 and box.x1 <= mouth.x1 + 1]  # fmt: skip
+        read = [word for _, word in sorted(read)]
+        read = read[read.index("[DEC]") :]
+        assert [word for _, word in sorted(told)] == [*read[1:], "[SEP]"]  # each token tells the next one
+    labels = {text: [t for t in words(fig) if t.get_text() == text] for text in ("prefix", "prompt", "text")}
+    assert {text: len(found) for text, found in labels.items()} == {"prefix": 2, "prompt": 1, "text": 2}
+
+
+def test_the_drawn_q_former_shares_and_separates_what_the_code_does():
+    fig = diagrams.qformer_block()
+    blocks = QFormer(QFormerConfig(image_width=16, width=16, depth=5, heads=2)).blocks
+    asking = [i for i, block in enumerate(blocks) if block.cross]
+    (said,) = [" ".join(t.get_text().split()) for t in words(fig) if t.get_text().startswith("in every second")]
+    assert said == f"in every second block: {', '.join(map(str, asking))}, …"
+    parts = {name for name, _ in blocks[0].named_children()}
+    assert parts == {"attn", "norm1", "cross", "query_mlp", "query_norm", "mlp", "norm2"}
+    shared = ["LayerNorm: once, below the first block",
+              "self-attention with its output layer: the mask says who sees whom", "LayerNorm"]  # fmt: skip
+    assert [" ".join(text.split()) for text in boxes(fig, shared=True)] == shared
+    assert [t.get_text() for t in words(fig)].count("shared") == len(shared)
+    assert hatched(fig) == ["image encoder"]
+    assert [" ".join(text.split()) for text in boxes(fig, new=True)] == [
+        *diagrams.QUERIES, "LayerNorm, ln_vision", "FFN for queries, D → 4 D → D", "LayerNorm"
+    ]  # fmt: skip
+    (frame,) = new_frames(fig)
+    inside = {name for name, found in placed(fig).items() if any(_contains(frame, box) for box in found)}
+    cross = "cross-attention: queries ask the picture"
+    assert inside == {cross, "LayerNorm"}
+    where = placed(fig)
+    (for_queries,), (for_words,) = where["FFN for queries, D → 4 D → D"], where["FFN for words, D → 4 D → D"]
+    assert frame.x0 < for_queries.x0 < for_queries.x1 < frame.x1 < for_words.x0
+    for ffn, kind in ((for_queries, "image"), (for_words, "text")):
+        stream = [p for p in fig.findobj(FancyBboxPatch) if p.get_gid() and p.get_window_extent().y1 > ffn.y0 - 1
+                  and ffn.x0 - 1 <= p.get_window_extent().x0 <= ffn.x1]  # fmt: skip
+        assert len(stream) == 6 and all(is_filled(p, kind) for p in stream)  # FFN, LayerNorm and four states
+    arrows = {(a, b) for a, b in joined(fig) if a != b}  # without those between a box and the plus above it
+    assert {a for a, b in arrows if b == cross} == {"LayerNorm", "LayerNorm, ln_vision"}
+    assert {a for a, b in arrows if b.startswith("FFN for words")} == {"LayerNorm"}  # words pass the picture by
+    assert ("image encoder", "LayerNorm, ln_vision") in arrows
+    table = "table of words + positions"
+    assert {a for a, b in arrows if b == shared[0]} == {*diagrams.QUERIES, table}  # words alone have positions
+    assert {a for a, b in arrows if b == table} == {"[CLS]", "a", "red", "house"}
+
+
+def test_each_part_of_the_q_former_is_added_before_it_is_normalised():
+    fig = diagrams.qformer_block()
+    circles = [p.get_window_extent() for p in fig.findobj(Circle)]
+    (ffn,) = placed(fig)["FFN for words, D → 4 D → D"]
+    norms = placed(fig)["LayerNorm"]
+    for left, right, n in ((0, ffn.x0 - 1, 3), (ffn.x0 - 1, 1000, 2)):
+        stream = sorted((p for p in circles if left < p.x0 < right), key=lambda p: p.y0)
+        above = sorted((b for b in norms if b.x0 < stream[0].x0 < b.x1), key=lambda b: b.y0)
+        assert len(stream) == len(above) == n
+        assert all(0 < norm.y0 - plus.y1 < 15 for plus, norm in zip(stream, above, strict=True))
+
+
 STRONG = to_rgb(diagrams.STRONG["fused"])
 
 
@@ -830,9 +1021,7 @@ def test_a_row_is_a_pictures_choice_and_a_column_a_texts_and_the_papers_names_st
 
 def test_zero_shot_freezes_both_towers_and_takes_the_highest_share():
     fig = diagrams.zero_shot_diagram()
-    shapes = fig.findobj(FancyBboxPatch)
-    frozen = {a.get_gid() for a, b in itertools.pairwise(shapes) if b.get_hatch()}
-    assert [t.get_text() for t in words(fig) if t.get_gid() in frozen] == ["text tower", "image tower"]
+    assert hatched(fig) == ["text tower", "image tower"]
     texts = {t.get_text(): extent(t) for t in words(fig)}
     assert {f"a picture of a {name}" for name in ("house", "tree", "boat")} <= set(texts)
     shares = {text: float(text.split()[1]) for text in texts if len(text.split()) == 2 and "0." in text}
@@ -856,17 +1045,41 @@ def test_mask_drawing_marks_exactly_the_allowed_pairs():
     assert {"looks at image", "looks at text", "crosses over", "may not"} <= set(legend)
 
 
-def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
-    fig = diagrams.block_masks(BLOCKS, PAIR, PAIR_GROUPS)
+@pytest.mark.parametrize(
+    ("draw", "masks"),
+    [(lambda: diagrams.block_masks(BLOCKS, PAIR, PAIR_GROUPS), BLOCKS),
+     (lambda: diagrams.qformer_masks(QFORMER, 3, ASKED), QFORMER)],
+    ids=["block_masks", "qformer_masks"],
+)  # fmt: skip
+def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each(draw, masks):
+    fig = draw()
     panels = [line for line in fig.findobj(Line2D) if line.get_marker() == "o"]
     ys = sorted(set(np.round(panels[0].get_ydata(), 4)))
-    for dots, mask in zip(panels, BLOCKS.values(), strict=True):
+    for dots, mask in zip(panels, masks.values(), strict=True):
         xs = sorted(set(np.round(dots.get_xdata(), 4)))
         assert len(dots.get_xdata()) == mask.sum()
         assert marked(dots, xs, ys) == set(zip(*map(list, np.nonzero(mask)), strict=True))
     texts = [t.get_text() for t in words(fig)]
-    assert texts.count("cat") == 4  # once at the rows, and above the columns of each
-    assert set(BLOCKS) <= set(texts)
+    assert texts.count("a") == 4  # once at the rows, and above the columns of each
+    assert set(masks) <= set(texts)
+
+
+def test_the_q_formers_masks_name_queries_before_words_and_say_who_crosses():
+    fig = diagrams.qformer_masks(QFORMER, 3, ASKED)
+    edge = {to_rgb(diagrams.EDGES[kind]): kind for kind in ("image", "text")}
+    rows = [t for t in words(fig) if t.get_ha() == "right"]
+    rows = sorted(rows, key=lambda t: -extent(t).y0)
+    assert [t.get_text() for t in rows] == ["query 1", "query 2", "query 3", *ASKED]
+    assert [edge[to_rgb(t.get_color())] for t in rows] == ["image"] * 3 + ["text"] * 4
+    panels = [np.array(image.get_array())[..., :3] for image in fig.axes[0].images]
+    crossing = [np.isclose(cells, STRONG).all(-1) for cells in panels]
+    across = np.zeros((7, 7), bool)
+    across[3:, :3] = True  # words look at queries
+    for seen, expected in zip(crossing, (np.zeros((7, 7), bool), across | across.T, across), strict=True):
+        assert (seen == expected).all()
+    legend = {t.get_text() for t in words(fig)}
+    assert {"looks at queries", "looks at words", "looks across", "may not"} <= legend
+    assert not legend & {"looks at image", "looks at text", "crosses over"}
 
 
 @pytest.mark.parametrize(
@@ -885,6 +1098,14 @@ def test_masks_side_by_side_mark_exactly_the_allowed_pairs_of_each():
         (lambda: diagrams.block_masks({"all": SAME, "own": MASK}, PAIR), r"masks\['own'\] has the shape \(6, 6\)"),
         (lambda: diagrams.block_masks({"all": SAME * 1.0}, PAIR), r"masks\['all'\] must be boolean"),
         (lambda: diagrams.block_masks({"all": SAME}, PAIR, ["text"]), "groups has 1 entries"),
+        (lambda: diagrams.qformer_masks({}, 3, ASKED), "masks is empty"),
+        (lambda: diagrams.qformer_masks(QFORMER, 2, ASKED), r"\(7, 7\): 2 queries and 4 words need \(6, 6\)"),
+        (
+            lambda: diagrams.qformer_masks({"ITM": joint_mask(THERE, 3)}, 3, ASKED),
+            r"masks\['ITM'\] has the shape \(1, ",
+        ),
+        (lambda: diagrams.qformer_masks({"ITM": np.ones((7, 7))}, 3, ASKED), r"masks\['ITM'\] must be boolean"),
+        (lambda: diagrams.blip2_overview(np.zeros((3, 3, 9), np.uint8)), "no 4 x 4 patches: give a larger one"),
         (lambda: diagrams.vilt_overview(words=("a", "house")), "three words"),
         (lambda: diagrams.vilt_overview(np.zeros((3, 2, 9), np.uint8)), "give a larger one"),
         (lambda: diagrams.clip_overview(words=("house",)), "three words"),
