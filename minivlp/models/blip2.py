@@ -74,7 +74,7 @@ class Eye(nn.Module):
                 delattr(owner, name)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Eye:
+    def train(self, mode: bool = True) -> nn.Module:
         return super().train(False)
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class QFormer(nn.Module):
         return x, kept, named
 
     @torch.no_grad()
-    def without_words(self) -> QFormer:
+    def without_words(self) -> nn.Module:
         """A copy for stage 2, with all that works on words alone left out: tables and the words' MLPs."""
         alone = copy.deepcopy(self)
         del alone.embed.word, alone.embed.position
@@ -239,8 +239,7 @@ class BLIP2(DualBLIP2):
 
     def __init__(self, config: QFormerConfig, eye: Eye | None) -> None:
         super().__init__(c := config, None)
-        self.itm_head = nn.Linear(c.width, 2)  # scores of "does not match" and "matches"
-        self.lm_head = MLMHead(c.width, c.vocab_size, eps=c.eps)
+        self.itm_head, self.lm_head = nn.Linear(c.width, 2), MLMHead(c.width, c.vocab_size, eps=c.eps)
         init_normal(self, matrices=0.02 * (768 / c.width) ** 0.5)  # as BLIP here
         nn.init.normal_(self.qformer.query_tokens, std=0.02)  # not zero: equal queries would stay equal
         self.lm_head.decoder.weight = self.qformer.embed.word.weight  # one table for reading and writing
@@ -251,8 +250,8 @@ class BLIP2(DualBLIP2):
         return self.qformer.embed(ids)
 
     def match(self, words: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """ITM: what `read` gave (B, L, D), mask (B, L), states of as many pictures (B, S, D') -> scores (B, 2), the
-        mean of the queries'."""
+        """ITM: what `read` gave (B, L, D), mask (B, L), states of as many pictures (B, S, D') -> scores (B, 2) of "does
+        not match" and "matches", the mean of the queries'."""
         x, Q = torch.cat([self.qformer.queries(len(words)), words], dim=1), self.config.queries
         states, _, _ = self.qformer(x, Q, image, mask=joint_mask(mask, Q), rows=Q)
         return self.itm_head(states).mean(dim=1)
@@ -309,7 +308,7 @@ class BLIP2Speaker(nn.Module):
         nn.init.zeros_(self.language_proj.bias)
         self.mouth = mouth.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> BLIP2Speaker:
+    def train(self, mode: bool = True) -> nn.Module:
         super().train(mode)
         self.mouth.eval()  # frozen: no dropout either
         return self
