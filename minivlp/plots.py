@@ -6,7 +6,8 @@ Colours are those of Okabe and Ito (2008), told apart by colour-blind readers to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +19,9 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 WIDTH = 8.2  # inches; at 100 dots per inch, and with a notebook's margin around, the width of a notebook on GitHub
 BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -791,16 +793,187 @@ def growth(
                     fontsize=SMALL, weight="bold", color=[0.7 * v for v in to_rgb(colour)], linespacing=1.1,
                     parse_math=False,
                     bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})  # fmt: skip
-    ticks: list[float] = []
-    for x in sorted({float(v) for _, points, _ in series for v in 10 ** points[0]}):
-        room = 0.12 + sum(text_width(_plain(round(v, 6)), SMALL) for v in (x, *ticks[-1:])) / 2
-        if not ticks or per_x * np.log10(x / ticks[-1]) > room:  # rather leave numbers out than print one over another
-            ticks.append(x)
-    ax.set_xticks(ticks, [_plain(round(x, 6)) for x in ticks])
+    ax.set_xticks(*_log_ticks([v for _, points, _ in series for v in 10 ** points[0]], per_x))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if per_y > 1.2 else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _plain(v)))
     ax.minorticks_off()
     return fig
+
+
+def _log_ticks(values: Iterable[float], per_decade: float) -> tuple[list[float], list[str]]:
+    """Ticks and their labels for a logarithmic axis of so many inches a decade: those of `values` that have room, for
+    rather leave numbers out than print one over another."""
+    ticks: list[float] = []
+    labels: list[str] = []
+    for x in sorted({float(f"{v:.10g}") for v in values}):  # powers of ten come out a little off
+        room = 0.12 + sum(text_width(label, SMALL) for label in (_plain(x), *labels[-1:])) / 2
+        if not ticks or per_decade * np.log10(x / ticks[-1]) > room:
+            ticks.append(x)
+            labels.append(_plain(x))
+    return ticks, labels
+
+
+# Marks that tell groups apart: the area of one of size 1, and how far it reaches from its middle.
+SHAPES = {"o": (np.pi / 4, 0.5), "s": (1.0, 0.5), "^": (0.5, 0.5), "D": (1.0, 0.5**0.5), "v": (0.5, 0.5)}
+
+
+def trade_off(
+    points: Mapping[str, tuple[float, float]], *, groups: Mapping[str, str], xlabel: str, ylabel: str,
+    sizes: Mapping[str, float] | None = None, size_label: str | None = None, title: str | None = None,
+) -> Figure:  # fmt: skip
+    """What is paid for what is got: one mark a model with its name beside it, for instance accuracy over time.
+
+    `points` maps a name to (x, y), with x > 0 on a logarithmic axis. `groups` maps names to groups, which have a colour
+    and a shape each. `sizes` maps names to numbers > 0, such as parameters, that the areas of the marks are in
+    proportion to, and `size_label` says what they are. Both may have more names than are drawn.
+    """
+    if not points:
+        raise ValueError("there is nothing to draw: points is empty")
+    if (sizes is None) != (size_label is None):
+        raise ValueError("sizes and size_label belong together: give both or neither")
+    numbers = dict.fromkeys(points, 1.0) if sizes is None else sizes
+    for what, given in (("groups", groups), ("sizes", numbers)):
+        if missing := [name for name in points if name not in given]:
+            raise ValueError(f"{what} has no entry for {missing[0]!r}: give one for each name in points")
+    places = np.empty((len(points), 2))
+    for i, (name, xy) in enumerate(points.items()):
+        place = array(xy, f"points[{name!r}]", ndim=1).astype(float)  # None becomes nan
+        if place.shape != (2,) or not np.isfinite(place).all() or place[0] <= 0:
+            raise ValueError(f"points[{name!r}] must be two finite numbers (x, y) with x > 0, not {xy}: leave out a "
+                             "name without numbers")  # fmt: skip
+        places[i] = place
+    drawn = np.array([numbers[name] for name in points], dtype=float)
+    if not (np.isfinite(drawn) & (drawn > 0)).all():
+        raise ValueError("sizes must be finite numbers > 0, for the areas of the marks show them")
+
+    kinds = list(dict.fromkeys(groups[name] for name in points))
+    looks = {kind: (CYCLE[i % len(CYCLE)], [*SHAPES][i % len(SHAPES)]) for i, kind in enumerate(kinds)}
+    unit, reach = np.array([SHAPES[looks[groups[name]][1]] for name in points]).T
+    sides = np.sqrt((0.015 if sizes is None else 0.07) * drawn / drawn.max() / unit)  # inches; the largest: 0.07 sq in
+    labels = [wrap(name, 1.8, SMALL, "bold") for name in points]
+    boxes = [(max(text_width(line, SMALL, "bold") for line in label.split("\n")) + 0.04,
+              text_height(label.count("\n") + 1, SMALL)) for label in labels]  # fmt: skip
+
+    # In inches from the lower left corner of the axes, which grow until there is a place for every name.
+    x, y = np.log10(places[:, 0]), places[:, 1]
+    spans = max(np.ptp(x), 1.0), np.ptp(y) or abs(y[0]) or 1.0
+    low = [(v.min() + v.max() - span) / 2 for v, span in zip((x, y), spans, strict=True)]
+    levels = MaxNLocator(7, steps=(1, 2, 5, 10)).tick_values(low[1], low[1] + spans[1])
+    scale = {v: f"{v + 0.0:,.10g}" for v in levels}  # 0.3 and not 0.30000000000000004, 0 and not -0
+    first, last = np.floor(low[0]), np.floor(low[0] + spans[0] + 1e-9)  # decades
+    left = 0.45 + max(text_width(text, SMALL) for text in scale.values())
+    right, edge = max(0.3, text_width(_plain(10**last), SMALL) / 2), (reach * sides).max() + 0.12
+    wide, high = WIDTH - left - right, 2.9
+    while True:
+        per_x, per_y = ((side - 2 * edge) / span for side, span in zip((wide, high), spans, strict=True))
+        middles = np.stack([edge + per_x * (x - low[0]), edge + per_y * (y - low[1])], axis=1)
+        if found := _beside(middles, reach * sides, boxes, (wide, high)):
+            break
+        high += 0.5
+
+    keys = [wrap(kind, 3.0, SMALL) for kind in kinds]
+    entry = max(text_width(line, SMALL) for key in keys for line in key.split("\n")) + 0.6
+    columns = min(len(kinds), int((WIDTH - 0.2) / entry))
+    rows = -(-len(kinds) // columns)
+    legend = rows * (text_height(max(key.count("\n") + 1 for key in keys), SMALL) + 0.06) + 0.12
+    note = ""
+    if sizes is not None:
+        ends = dict.fromkeys(_short(v) for v in (drawn.min(), drawn.max()))
+        note = wrap(f"area of a mark: {size_label}, {' to '.join(ends)}", WIDTH - 0.2, SMALL)
+    noted = text_height(note.count("\n") + 1, SMALL) + 0.08 if note else 0.0
+    heading = wrap(title, wide, 11, "bold") if title else ""
+    head = text_height(heading.count("\n") + 1, 11) + 0.15 if title else 0.12
+    foot = 0.52 + noted + legend
+    fig = new_figure(WIDTH, foot + high + head, layout="none")
+    W, H = fig.get_size_inches()
+    ax = fig.add_axes((left / W, foot / H, wide / W, high / H))
+    bottom, top = low[1] + (np.array([0, high]) - edge) / per_y
+    ax.set_title(heading, parse_math=False)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel, ylim=(bottom, top),
+           xlim=10 ** (low[0] + (np.array([0, wide]) - edge) / per_x))  # fmt: skip
+    ax.set_yticks([v for v in scale if bottom <= v <= top], [text for v, text in scale.items() if bottom <= v <= top])
+    ticks = [k * 10**d for d in np.arange(first, last + 1) for k in ((1, 2, 5) if spans[0] < 2 else (1,))
+             if -1e-9 < d + np.log10(k) - low[0] < spans[0] + 1e-9]  # fmt: skip
+    ax.set_xticks(*_log_ticks(ticks, per_x))
+    ax.minorticks_off()
+    for i in np.argsort(-drawn, kind="stable"):  # small marks lie on large ones
+        colour, mark = looks[groups[[*points][i]]]
+        ax.scatter(*places[i], s=(72 * sides[i]) ** 2, color=colour, marker=mark, zorder=3,
+                   edgecolor="white", linewidth=0.6)  # fmt: skip
+    sheet, corner = inch_axes(fig), np.array([left, foot])
+    for (box, tip), middle, radius, label, name in zip(found, middles, reach * sides, labels, points, strict=True):
+        dark = [0.7 * v for v in to_rgb(looks[groups[name]][0])]
+        if tip is not None:
+            start = middle + (tip - middle) * radius / np.hypot(*(tip - middle))
+            sheet.plot(*np.stack([corner + start, corner + tip], axis=1), color=dark, linewidth=0.8)
+        sheet.text(*(corner + np.reshape(box, (2, 2)).mean(axis=0)), label, ha="center", va="center", fontsize=SMALL,
+                   weight="bold", color=dark, linespacing=1.1, parse_math=False)  # fmt: skip
+    sheet.text(0.1, legend + noted - 0.06, note, va="top", fontsize=SMALL, color=QUIET, linespacing=1.1,
+               parse_math=False)  # fmt: skip
+    handles = [Line2D([], [], color=colour, marker=mark, markersize=8, linestyle="none", label=key)
+               for key, (colour, mark) in zip(keys, looks.values(), strict=True)]  # fmt: skip
+    for text in fig.legend(handles=handles, loc="lower left", ncols=columns).get_texts():
+        text.set_parse_math(False)
+    return fig
+
+
+Box = tuple[float, float, float, float]  # left, lower, right, upper
+# Directions in which a label may stand from its mark, preferred ones first.
+AROUND = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1),
+          (0.5, 1), (0.5, -1), (-0.5, 1), (-0.5, -1), (1, 0.5), (1, -0.5), (-1, 0.5), (-1, -0.5))  # fmt: skip
+
+
+def _touch(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _crosses(start: np.ndarray, end: np.ndarray, box: Box) -> bool:
+    """Does the line between two points go through a box?"""
+    first, last = 0.0, 1.0  # the part of the line that is within the box in x, then in y as well
+    for a, b, low, high in zip(start, end, box[:2], box[2:], strict=True):
+        if a == b and not low < a < high:
+            return False
+        if a != b:
+            near, far = sorted(((low - a) / (b - a), (high - a) / (b - a)))
+            first, last = max(first, near), min(last, far)
+    return first < last
+
+
+def _beside(
+    middles: np.ndarray, radii: np.ndarray, labels: Sequence[tuple[float, float]], room: tuple[float, float]
+) -> list[tuple[Box, np.ndarray | None]] | None:
+    """A place for each label near its own mark, inside the room, where it touches no other label and no mark; and where
+    a line from the mark should end, if the label could not stand close to it. None if there is not room for all.
+
+    `middles` (n, 2) and `radii` (n,) are those of the marks, `labels` widths and heights, all in inches.
+    """
+    close, away = 0.03, 0.05  # a label without a line is nearer to its own mark than to any other
+    marks = [(x - r - away, y - r - away, x + r + away, y + r + away)
+             for (x, y), r in zip(middles, radii, strict=True)]  # fmt: skip
+    found: list[tuple[Box, np.ndarray | None]] = []
+    lines: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, ((x, y), r, (w, h)) in enumerate(zip(middles, radii, labels, strict=True)):
+        full = [*marks[:i], *marks[i + 1 :], *(box for box, _ in found)]
+        best = None
+        for gap, (dx, dy) in itertools.product(np.arange(close, max(room), 0.09), AROUND):
+            left, low = x + dx * (r + gap + w / 2) - w / 2, y + dy * (r + gap + h / 2) - h / 2
+            box = left, low, left + w, low + h
+            outside = min(box) < 0.02 or box[2] > room[0] - 0.02 or box[3] > room[1] - 0.02
+            if outside or any(_touch(box, other) for other in full):
+                continue
+            tip = np.clip((x, y), box[:2], box[2:]) if gap > close else None
+            crossed = sum(_crosses(*line, box) for line in lines)
+            crossed += sum(tip is not None and _crosses(middles[i], tip, other) for other, _ in found)
+            if best is None or crossed < best[0]:
+                best = crossed, (box, tip)
+            if not crossed:
+                break
+        if best is None:
+            return None
+        found.append(best[1])
+        if best[1][1] is not None:
+            lines.append((middles[i], best[1][1]))
+    return found
 
 
 def _spread(n: int, reach: float) -> np.ndarray:

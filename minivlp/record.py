@@ -303,15 +303,25 @@ def model_name(lesson: ModuleType) -> str:
     return next(iter(lesson.EXPERIMENTS["main"]))
 
 
-def number(recorded: Recorded, source: Source | None) -> str:
-    """A recorded number as text, a dash if there is none (yet): mean ± spread of a metric, or a timing, or a fact."""
+def mean_of(recorded: Recorded, source: Source | None) -> float | None:
+    """A recorded number, None if there is none (yet): the mean of a metric over the seeds, or a timing, or a fact."""
     if isinstance(source, str):
-        value = {**recorded.facts, **recorded.timings}.get(source)
-        return DASH if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+        return {**recorded.facts, **recorded.timings}.get(source)
     try:
-        return recorded.summary(*source) if source is not None and recorded.values(*source) else DASH
+        values = recorded.values(*source) if source is not None else []
     except KeyError:
+        return None
+    return mean_and_spread(values)[0] if values else None
+
+
+def number(recorded: Recorded, source: Source | None) -> str:
+    """The number of `mean_of` as text, a dash if there is none: that of a metric with its standard deviation."""
+    value = mean_of(recorded, source)
+    if value is None:
         return DASH
+    if isinstance(source, str):
+        return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+    return recorded.summary(*source)
 
 
 def seeds_of(recorded: Recorded, sources: list[Source]) -> str:
@@ -355,6 +365,14 @@ def board() -> str:
     below = [f"<sup>{n}</sup> {note}" for note, n in notes.items()]
     below += [f"Times of {', '.join(names)}: {machine}." for machine, names in machines.items()]
     return "\n".join([*lines, "", "<br>\n".join(below)] if below else lines)
+
+
+def board_rows() -> list[dict[str, str | float | None]]:
+    """The numbers of `board` for tables and plots of one's own: for each model its name as "model", and under each key
+    of `COLUMNS` the mean, unrounded, or None where the board has a dash."""
+    return [{"model": model_name(lesson),
+             **{key: mean_of(recorded, getattr(lesson, "BOARD", {}).get(key)) for key in COLUMNS}}
+            for lesson, recorded in recorded_lessons().values()]  # fmt: skip
 
 
 def headline(name: str) -> str:

@@ -204,9 +204,10 @@ def start_from_words(model: BLIP2, words: BLIP2) -> None:
 
 
 def begin(recipe: Recipe, *, seed: int = 0, device: torch.device | None = None) -> BLIP2:
-    """A new Q-Former behind the frozen eye, which starts from `words` if the recipe says so."""
+    """A new Q-Former behind a copy of the frozen eye (`features` goes on with the first one, on the CPU), which starts
+    from `words` if the recipe says so."""
     minivlp.seed_everything(seed)
-    model = BLIP2(recipe.model, eye_of(recipe.eye)).to(device)
+    model = BLIP2(recipe.model, copy.deepcopy(eye_of(recipe.eye))).to(device)
     if recipe.words:
         start_from_words(model, ready_made(recipe.words))
     return model
