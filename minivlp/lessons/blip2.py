@@ -595,8 +595,13 @@ def sizes(model: nn.Module) -> dict[str, int]:
 
 def both_stages(recipe: Recipe = BASE) -> tuple[BLIP2, BLIP2Speaker]:
     """New models of both stages, on the CPU."""
-    first = BLIP2(recipe.model, eye_of(recipe.eye))
+    first = BLIP2(recipe.model, copy.deepcopy(eye_of(recipe.eye)))
     return first, BLIP2Speaker(first, ready_made(recipe.mouth))
+
+
+def build(config: QFormerConfig) -> BLIP2Speaker:
+    """What `CHECKPOINTS` keeps: stage 2 with the main recipe's eye and mouth."""
+    return both_stages(replace(MAIN, model=config))[1]
 
 
 def facts() -> dict[str, float]:

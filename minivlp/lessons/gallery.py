@@ -16,21 +16,16 @@ from minivlp.data.picturebook.understand import understand
 from minivlp.data.picturebook.web import contradicts
 from minivlp.lessons import blip as lesson07
 from minivlp.lessons import blip2 as lesson08
-from minivlp.lessons.language import ready_made
 from minivlp.lessons.vilt import pairs
-from minivlp.models.blip import BLIP
-from minivlp.models.blip2 import BLIP2, BLIP2Speaker
 from minivlp.train import trained
 
 
 def captions(n: int = 6, *, own: bool = False) -> dict[str, list[str]]:
     """BLIP's and BLIP-2's captions of the first `n` test pages, by beam search; by the weights kept here if `own`."""
-    recipe = lesson08.MAIN
     models = {
-        "BLIP": trained("blip", BLIP(lesson07.MAIN.model), own=own),
-        "BLIP-2": trained("blip2", BLIP2Speaker(BLIP2(recipe.model, lesson08.eye_of(recipe.eye)),
-                                                ready_made(recipe.mouth)), own=own),
-    }  # fmt: skip
+        "BLIP": trained("blip", lesson07.build(lesson07.MAIN.model), own=own),
+        "BLIP-2": trained("blip2", lesson08.build(lesson08.MAIN.model), own=own),
+    }
     images = pairs("test", 1000).images[:n]
     return {name: lesson07.write(model, images, "beam") for name, model in models.items()}
 

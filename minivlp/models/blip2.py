@@ -62,13 +62,17 @@ class Eye(nn.Module):
     """A trained image encoder that is never trained again: always in eval mode, without gradients (paper, 3.1).
 
     `tower` has `embed` and `encoder.blocks`, like a ViT or CLIP's image tower. A copy is taken. What comes out are the
-    states before its last `skip` blocks: the paper found those of the last one but one to do better.
+    states before its last `skip` blocks: the paper found those of the last one but one to do better. Raises ValueError
+    for a `skip` that leaves no block.
     """
 
     def __init__(self, tower: nn.Module, *, skip: int = 1) -> None:
         super().__init__()
+        depth = len(tower.encoder.blocks)
+        if not 0 <= skip < depth:
+            raise ValueError(f"skip={skip} of {depth} blocks: choose 0 to {depth - 1}, so that one is left to see with")
         self.tower = copy.deepcopy(tower)
-        del self.tower.encoder.blocks[len(tower.encoder.blocks) - skip :]
+        del self.tower.encoder.blocks[depth - skip :]
         for name in ("norm", "head", "hidden"):  # what follows the blocks there
             if hasattr(owner := self.tower.encoder if name == "norm" else self.tower, name):
                 delattr(owner, name)
@@ -143,7 +147,7 @@ class QFormer(nn.Module):
 
     def queries(self, batch: int) -> Tensor:
         """(B, Q, D): as the words, normalised by the embeddings' LayerNorm, but without positions."""
-        return self.embed.dropout(self.embed.norm(self.query_tokens)).expand(batch, -1, -1)
+        return self.embed.dropout(self.embed.norm(self.query_tokens).expand(batch, -1, -1))
 
     def forward(
         self, x: Tensor, queries: int, image: Tensor | None = None, *, mask: Tensor | None = None,
