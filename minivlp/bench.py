@@ -27,12 +27,14 @@ from torch import Tensor, nn
 
 from minivlp.generate import greedy
 from minivlp.layers import Block, Encoder, init_normal, take_rows
-from minivlp.losses import IGNORE, contrastive_loss, word_positions
-from minivlp.models.albef import ALBEF, ALBEFConfig, FusionBlock, MomentumALBEF, PairQueue, TextEncoder
-from minivlp.models.blip import BLIP, MED, BLIPConfig, Past, teacher_of
+from minivlp.losses import IGNORE, contrastive_loss, next_words, word_positions
+from minivlp.models.albef import ALBEF, ALBEFConfig, FusionBlock, ImageEncoder, MomentumALBEF, PairQueue, TextEncoder
+from minivlp.models.blip import BLIP, MED, BLIPConfig, Past, led_by, teacher_of
+from minivlp.models.blip2 import BLIP2, BLIP2Speaker, Eye, QFormerConfig, grounded_mask, joint_mask
 from minivlp.models.clip import CLIP, CLIPConfig, causal_mask
 from minivlp.models.dual_stream import key_mask
 from minivlp.models.flip import FLIP, FLIPConfig, FLIPVision, random_masking
+from minivlp.models.lm import DecoderLM, LMConfig
 from minivlp.models.vilt import ViLT, ViLTConfig
 from minivlp.models.vit import ViT, ViTConfig
 from minivlp.models.vlmo import MoMEBlock, Route, VLMo, VLMoConfig, shares
@@ -1171,6 +1173,179 @@ def generate_row(batch_size: int, *, length: int = 20) -> Row:
     )
 
 
+# --- BLIP-2 ----------------------------------------------------------------------------------------------------------
+
+
+def transformers_blip2(*, speaks: bool) -> tuple[nn.Module, BLIP2 | BLIP2Speaker]:
+    """The official class that compares, or with an OPT the one that speaks, at the course's sizes with random weights,
+    and our model with the same."""
+    import transformers
+
+    q, lm = QFormerConfig(), LMConfig()
+    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64,
+                  patch_size=16, initializer_range=0.02)  # fmt: skip
+    asker = dict(
+        hidden_size=q.width, intermediate_size=q.mlp_ratio * q.width, num_hidden_layers=q.depth,
+        num_attention_heads=q.heads, vocab_size=q.vocab_size, max_position_embeddings=q.max_text,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, cross_attention_frequency=q.cross_every,
+        use_qformer_text_input=not speaks,
+    )  # fmt: skip
+    text = dict(
+        model_type="opt", vocab_size=lm.vocab_size, hidden_size=lm.width, word_embed_proj_dim=lm.width,
+        ffn_dim=lm.mlp_ratio * lm.width, num_hidden_layers=lm.depth, num_attention_heads=lm.heads,
+        max_position_embeddings=lm.max_text, dropout=0.0, pad_token_id=lm.pad_id, bos_token_id=lm.dec_id,
+        eos_token_id=lm.sep_id,
+    )  # fmt: skip
+    config = transformers.Blip2Config(
+        vision_config=vision, qformer_config=asker, text_config=text, num_query_tokens=q.queries,
+        image_text_hidden_size=q.embed_dim, image_token_index=UNUSED if speaks else None,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"Blip2For{'ConditionalGeneration' if speaks else 'ImageTextRetrieval'}")(config)
+    init_normal(theirs, matrices=0.05)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(("query_tokens", "class_embedding", "position_embedding")):
+            nn.init.normal_(parameter, std=0.5 if name == "query_tokens" else 0.02)  # zeros would agree with everything
+    return theirs, as_ours(theirs)
+
+
+UNUSED = 4  # [MASK], which no text here has, stands where the official class wants image tokens
+
+
+class TheirBLIP2(nn.Module):
+    """Stage 1 with the official Q-Former and our heads. It has neither a past nor a head to write with, so that ITG is
+    a pass of its own, queries and words under one mask."""
+
+    def __init__(self, theirs: nn.Module, ours: BLIP2) -> None:
+        super().__init__()
+        self.config = ours.config
+        for name in ("ln_vision", "vision_proj", "text_proj", "itm_head", "lm_head", "temp"):
+            setattr(self, name, copy.deepcopy(getattr(ours, name)))
+        self.qformer, self.embeddings, self.query_tokens = theirs.qformer, theirs.embeddings, theirs.query_tokens
+        self.lm_head.decoder.weight = self.embeddings.word_embeddings.weight
+
+    def run(self, words: Tensor | None, image: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """`mask` broadcastable to (B, 1, T, T), True where one may look."""
+        B = len(image if words is None else words)
+        parts = [] if image is None else [self.query_tokens.expand(B, -1, -1)]
+        x = torch.cat([*parts, *([] if words is None else [words])], dim=1)
+        if mask is not None:
+            lowest = torch.finfo(x.dtype).min
+            mask = torch.zeros(B, 1, x.shape[1], x.shape[1]).masked_fill(~mask, lowest)
+        Q = 0 if image is None else self.config.queries
+        return self.qformer(x, query_length=Q, attention_mask=mask, encoder_hidden_states=image).last_hidden_state
+
+    def see(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.run(None, image), image
+
+    def query_vectors(self, states: Tensor) -> Tensor:
+        return F.normalize(self.vision_proj(states).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        states = self.run(self.embeddings(ids), None, key_mask(ids != self.config.pad_id))
+        return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
+
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.embeddings(ids)
+
+    def match(self, words: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        Q = self.config.queries
+        return self.itm_head(self.run(words, image, joint_mask(mask, Q))[:, :Q]).mean(dim=1)
+
+    def write(self, ids: Tensor, image: Tensor) -> Tensor:
+        Q = self.config.queries
+        words = self.embeddings(led_by(ids, self.config.dec_id))
+        return self.run(words, image, grounded_mask(ids.shape[1], Q))[:, Q:]
+
+
+def blip2_batch(config: QFormerConfig, *, batch_size: int, longest: int) -> Batch:
+    """Random states of an eye (B, S, D') and texts of 8 to `longest` tokens as a batch of lesson 08's stage 1."""
+    images, ids, mask = random_pairs(BLIPConfig(), batch_size=batch_size, longest=longest,
+                                     generator=(generator := torch.Generator().manual_seed(0)))  # fmt: skip
+    states = torch.randn(batch_size, 17, config.image_width, generator=generator)
+    return states, ids, mask, torch.arange(batch_size), torch.rand(2, batch_size, generator=generator), images
+
+
+def first_stages() -> tuple[nn.Module | None, BLIP2]:
+    """The official class that compares, None if it is not installed, and ours, which needs no eye here."""
+    theirs, ours = None, BLIP2(QFormerConfig(), None)
+    if transformers_installed():
+        theirs, ours = transformers_blip2(speaks=False)
+        ours.eye = None
+    return theirs, ours
+
+
+def qformer_contenders() -> list[Contender]:
+    """The Q-Former alone, queries that ask a picture."""
+    theirs, ours = first_stages()
+    contenders = [Contender("minivlp Q-Former", ours.qformer, lambda batch: ours.see(batch[0])[0])]
+    if theirs is not None:
+        peer = TheirBLIP2(theirs, ours)
+        contenders.append(Contender("transformers Blip2QFormerModel", peer, lambda batch: peer.see(batch[0])[0]))
+    return contenders
+
+
+def stage1_contenders() -> list[Contender]:
+    """Lesson 08's three losses, by our model and by the official Q-Former with the same heads."""
+    from minivlp.lessons.blip2 import stage1_loss  # not above: the lesson takes its clock from this file
+
+    theirs, ours = first_stages()
+    models = {"minivlp BLIP-2, stage 1": ours}
+    if theirs is not None:
+        models["transformers Blip2QFormerModel, our heads"] = TheirBLIP2(theirs, ours)
+    return [Contender(name, model, lambda batch, model=model: tuple(stage1_loss(model, *batch[:5]).values()))
+            for name, model in models.items()]  # fmt: skip
+
+
+def stage2_contenders() -> list[Contender]:
+    """Pictures, Q-Former, projection and a frozen OPT: the scores of each next word, by both."""
+    if not transformers_installed():
+        first = BLIP2(QFormerConfig(), Eye(ImageEncoder(BLIPConfig().image_config())))
+        theirs, ours = None, BLIP2Speaker(first, DecoderLM(LMConfig()))
+    else:
+        theirs, ours = transformers_blip2(speaks=True)
+    c, dec = ours.config, LMConfig().dec_id
+
+    def speak(batch: Batch) -> Tensor:
+        return ours.mouth.lm_head(ours.write(led_by(batch[1], dec), ours.look(batch[5])))[batch[2]]
+
+    contenders = [Contender("minivlp BLIP-2, stage 2", ours, speak)]
+    if theirs is not None:
+        for part in (theirs.vision_model.embeddings, theirs.vision_model.encoder, theirs.language_model):
+            part.requires_grad_(False)
+
+        def official(batch: Batch) -> Tensor:
+            places = batch[1].new_full((len(batch[1]), c.queries), UNUSED)
+            ids = torch.cat([places, led_by(batch[1], dec)], dim=1)
+            there = F.pad(batch[2].long(), (c.queries, 0), value=1)
+            out = theirs(pixel_values=batch[5], input_ids=ids, attention_mask=there)
+            return out.logits[:, c.queries :][batch[2]]
+
+        contenders.append(Contender("transformers Blip2ForConditionalGeneration, OPT", theirs, official))
+    return contenders
+
+
+def blip2_row(part: str, what: str, contenders: Callable[[], list[Contender]], *, batch_size: int = 32,
+              longest: int = 14, note: str = "") -> Row:  # fmt: skip
+    """One part of lesson 08 at the course's sizes."""
+    config = QFormerConfig()
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        if part == "stage1":
+            return sum(outputs)
+        labels = next_words(batch[1], batch[2])[batch[2]]
+        return F.cross_entropy(outputs, labels) if part == "stage2" else outputs.square().mean()
+
+    return Row(
+        name=f"blip2-{part}",
+        title=f"BLIP-2, {what}, training step (forward, backward, AdamW): {config.queries} queries, width "
+        f"{config.width}, depth {config.depth}, texts of 8 to {longest} tokens, batch {batch_size}",
+        contenders=contenders,
+        batch=lambda: blip2_batch(config, batch_size=batch_size, longest=longest),
+        loss=loss,
+        note=note,
+    )
+
+
 ROWS: list[Row] = [
     *(vit_row(patch_size, training=training) for training in (True, False) for patch_size in (16, 8)),
     vilt_row(),
@@ -1180,6 +1355,11 @@ ROWS: list[Row] = [
     vlmo_row(),
     blip_row(),
     *(generate_row(batch_size) for batch_size in (1, 32)),
+    blip2_row("qformer", "the Q-Former alone", qformer_contenders),
+    blip2_row("stage1", "stage 1 (ITC, ITM, ITG)", stage1_contenders,
+              note="For ITG ours keeps the queries' keys and values; the official Q-Former has no past and runs "
+              "queries and words under one mask. For ITC and ITM ours computes in the last block only what is read."),
+    blip2_row("stage2", "stage 2 with pictures and a frozen OPT", stage2_contenders),
 ]
 
 

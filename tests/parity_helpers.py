@@ -40,6 +40,17 @@ def random_pictures(side: int, channels: int = 3, *, seed: int = 0, count: int =
     return torch.randn(count, channels, side, side, generator=generator).clamp(-1, 1)
 
 
+def random_texts(
+    length: int, lengths: tuple[int, ...], *, first: int, end: int, pad: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """ids (B, `length`) of texts of these `lengths`, from `first` to `end` and then `pad`, and the mask."""
+    ids = torch.randint(7, 40, (len(lengths), length), generator=torch.Generator().manual_seed(seed))
+    position, last = torch.arange(length), torch.tensor(lengths)[:, None] - 1
+    ids = ids.masked_fill(position == last, end).masked_fill(position > last, pad)
+    ids[:, 0] = first
+    return ids, position <= last
+
+
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 

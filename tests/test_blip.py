@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import tower_helpers
 from torch import Tensor, nn
-from tower_helpers import B, L, apart, close, differs, pictures, texts, touched
+from tower_helpers import B, L, apart, close, differs, pictures, spoken, texts, touched
 
 from minivlp.data.text import DEFAULT_VOCAB_SIZE, SPECIAL_TOKENS
 from minivlp.layers import MLP, Block, count_parameters
@@ -593,11 +593,6 @@ def test_a_padded_context_is_not_read():
     assert differs(model.write(ids, changed), before) == [False, True, True]
     for b, length in enumerate(mask.sum(1)):
         close(model.write(ids[b : b + 1], context[b : b + 1, :length])[0], before[b])
-
-
-def spoken(speaker: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """What a speaker thinks of the next token after each of ids (B, T): (B, T, V)."""
-    return torch.stack([speaker(ids[:, t]) for t in range(ids.shape[1])], dim=1)
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from minivlp import DATA, diagrams, record
-from minivlp.lessons import albef, blip, clip, flip, vilt, vit, vlmo
+from minivlp.lessons import albef, blip, blip2, clip, flip, vilt, vit, vlmo
 from minivlp.notebooks import ROOT
 from minivlp.record import RecordError
 
 torch.set_num_threads(1)
 LESSONS = {"01_vit": vit, "02_vilt": vilt, "03_clip": clip, "04_flip": flip, "05_albef": albef, "06_vlmo": vlmo,
-           "07_blip": blip}  # fmt: skip
+           "07_blip": blip, "08_blip2": blip2}  # fmt: skip
 PAGE = """<!-- board --><!-- end -->
 | one | <!-- headline 09_toy -->old<!-- end --> | two | <!-- headline 10_next -->old<!-- end --> |
 <!-- scoreboard -->
@@ -128,6 +128,20 @@ def test_models_come_in_the_courses_order(world):
     assert list(record.recorded_lessons()) == ["09_toy", "10_next"]
 
 
+def test_rows_hold_the_means_behind_the_board_and_none_for_each_dash(world):
+    world(toy(**FULL), **TIMINGS)
+    world(toy("10_next"))
+    toys, nothing = record.board_rows()
+    assert toys == {
+        "model": "Toy", "parameters": 1234567, "training seconds": 61.26, "R@1 text to image": 0.75,
+        "R@1 image to text": None, "zero-shot kind": None, "VQA": pytest.approx(0.6), "attribute swap": None,
+        "order swap": 0.5, "ms for 1,000 x 1,000 pairs": None,
+    }  # fmt: skip
+    assert nothing == {"model": "Toy", **dict.fromkeys(record.COLUMNS)}
+    world(toy(**FULL))  # a file from before there were timings
+    assert record.board_rows()[0]["parameters"] is None
+
+
 # --- the pages -------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +214,17 @@ def test_the_pages_of_the_clone_hold_the_recorded_numbers():
     assert record.filled(page) == page, again
     edited = page.replace("0.998 ± 0.002", "0.999 ± 0.002")
     assert edited != page == record.filled(edited)  # a number changed by hand would be red above
+
+
+def test_the_rows_of_the_clone_are_the_numbers_of_its_board():
+    rows, table = record.board_rows(), record.board()
+    assert [row["model"] for row in rows] == re.findall(r"^\| \*\*(.+?)\*\*", table, flags=re.M)
+    for row in rows:
+        printed = cells(table, row["model"])
+        for key, heading in record.COLUMNS.items():
+            text = re.sub("<sup>.*?</sup>", "", printed[heading]).split(" ±")[0]
+            shown = None if text == record.DASH else float(text.replace(",", ""))
+            assert row[key] == pytest.approx(shown, abs=0.5 if row[key] and row[key] >= 10 else 0.00051)
 
 
 def test_the_map_has_a_row_for_every_lesson():

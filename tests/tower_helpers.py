@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,3 +53,31 @@ def texts() -> Tensor:
     ids = ids.masked_fill(places > ENDS[:, None], 0).masked_fill(places == ENDS[:, None], EOT)
     ids[:, 0] = 2
     return ids
+
+
+def digest(module: nn.Module) -> str:
+    """A hash of all weights and buffers: what is frozen keeps it to the last bit."""
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode() + value.numpy().tobytes())
+    return found.hexdigest()
+
+
+def spoken(speaker: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """What a speaker thinks of the next token after each of ids (B, T): (B, T, V)."""
+    return torch.stack([speaker(ids[:, t]) for t in range(ids.shape[1])], dim=1)
+
+
+class Anew:
+    """A decoder for `minivlp.generate` that keeps nothing but the texts, and reads them from the beginning at each
+    step: `write` gives the scores of ids (B, T), (B, T, V)."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        self.write, self.ids = write, None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.ids = tokens[:, None] if self.ids is None else torch.cat([self.ids, tokens[:, None]], dim=1)
+        return self.write(self.ids)[:, -1]
+
+    def reorder(self, rows: Tensor) -> None:
+        self.ids = self.ids[rows]
