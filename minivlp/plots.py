@@ -943,7 +943,8 @@ def _beside(
     middles: np.ndarray, radii: np.ndarray, labels: Sequence[tuple[float, float]], room: tuple[float, float]
 ) -> list[tuple[Box, np.ndarray | None]] | None:
     """A place for each label near its own mark, inside the room, where it touches no other label and no mark; and where
-    a line from the mark should end, if the label could not stand close to it. None if there is not room for all.
+    a line from the mark should end, if the label could not stand close to it. Lines go through labels only where every
+    other place is worse. None if there is not room for all.
 
     `middles` (n, 2) and `radii` (n,) are those of the marks, `labels` widths and heights, all in inches.
     """

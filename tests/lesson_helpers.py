@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from minivlp.data import load_pairs, to_tensors
 from minivlp.lessons.vilt import words
+from minivlp.train import History
 
 
 @contextmanager
@@ -38,6 +41,51 @@ def few_pages(tmp_path_factory: pytest.TempPathFactory, *lessons: ModuleType) ->
                 if hasattr(lesson, function.__name__):
                     patch.setattr(lesson, function.__name__, function)
         yield
+
+
+def flat(recipe: object) -> dict[str, object]:
+    """All that a recipe fixes, that of its model by names that begin with "model."."""
+    own = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "model"}
+    return own | {f"model.{f.name}": getattr(recipe.model, f.name) for f in fields(recipe.model)}
+
+
+def changed(recipe: object, base: object) -> dict[str, object]:
+    """All that is different in a recipe, and what it is."""
+    return {name: value for name, value in flat(recipe).items() if value != flat(base)[name]}
+
+
+def fewer(function: Callable, n: int = 40, **fixed: int) -> Callable:
+    """The function with `n` pages, whatever it is asked for."""
+    return lambda *args, **options: function(*args, **options | {"n": n} | fixed)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights and buffers as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+class Fitted(list):
+    """In the place of `fit`: nothing is trained, but listed, and the first trained weight says how many came before.
+    `stop_next` ends the next one as if by hand."""
+
+    stop_next = False
+
+    def __call__(self, model: nn.Module, batches: Callable, loss: Callable, **how: object) -> History:
+        self.append(SimpleNamespace(model=model, start=weights(model), batches=batches, loss=loss, **how))
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = 100 + len(self)
+        stopped, self.stop_next = self.stop_next, False
+        return History(stopped="by hand" if stopped else "")
+
+
+def drawn_by_hand(chance: np.ndarray, says: Sequence[int], noise: Sequence[float]) -> list[int]:
+    """Wrong partners: who is hit by `noise` if all who say something else lie on a line, each as long as its chance."""
+    found = []
+    for i, point in enumerate(noise):
+        others = [j for j in range(len(says)) if says[j] != says[i]]
+        edges = np.cumsum([chance[i, j] for j in others])
+        found.append(others[int((edges <= point * edges[-1]).sum())])
+    return found
 
 
 class Oracle(nn.Module):

@@ -13,8 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.transforms import Affine2D, Bbox
 from PIL import Image
 
 from minivlp import plots
@@ -34,6 +36,17 @@ def shares(*shape: int) -> np.ndarray:
 
 def seeds(labels: list[str], n: int = 5) -> dict[str, list[float]]:
     return {label: list(0.8 + 0.1 * RNG.random(n)) for label in labels}
+
+
+def scoreboard(**more: object) -> Figure:
+    given = {"points": PAID, "groups": FAMILIES, "sizes": PARAMETERS, "size_label": "parameters"}
+    return plots.trade_off(**{**given, **more}, xlabel="ms", ylabel="R@1")
+
+
+def heap(n: int, kind: str = "model") -> Figure:
+    """A trade-off of n models that are all alike."""
+    names = [f"{kind} {i}" for i in range(n)]
+    return plots.trade_off(dict.fromkeys(names, (500, 0.5)), groups=dict.fromkeys(names, "a"), xlabel="x", ylabel="y")
 
 
 TIMES = {
@@ -56,6 +69,12 @@ GALLERIES = {"fusion": [8, 16, 32, 64], "dual": [64, 128, 256, 512, 1000]}
 SECONDS = {"fusion": [0.02, 0.07, 0.26, 1.1], "dual": [0.09, 0.11, 0.25, 0.43, 0.9]}
 STARTS = {start: seeds(["pictures found", "statements about two pictures"], 3)
           for start in ("nothing", "image", "text", "image + text")}  # fmt: skip
+PAID = {"ViLT": (594_904, 0.0), "CLIP": (824, 0.54), "FLIP": (1209, 0.64), "ALBEF": (8401, 0.19), "VLMo": (651, 0.068),
+        "BLIP": (409, 0.106), "BLIP-2": (1000, 0.26)}  # fmt: skip
+FAMILIES = {"ViT": "no texts", "ViLT": "single stream", **dict.fromkeys(("CLIP", "FLIP"), "dual encoder"),
+            **dict.fromkeys(("ALBEF", "VLMo", "BLIP"), "fusion + dual"), "BLIP-2": "bridge"}  # fmt: skip
+PARAMETERS = {"ViT": 895_628, "ViLT": 1_023_702, "CLIP": 1_772_033, "FLIP": 968_705, "ALBEF": 1_905_623,
+              "VLMo": 1_766_744, "BLIP": 1_641_687, "BLIP-2": 2_600_000}  # fmt: skip
 JUDGED = [("web", LONG, True), ("synthetic", "an umbrella", False), ("human", "$1 or $2 of a_b", None)]
 ARMS = [f"{p}-norm, {w}" for p in ("pre", "post") for w in ("warm-up", "no warm-up at all")]
 PLOTS = {
@@ -136,6 +155,29 @@ PLOTS = {
     ),
     "growth, flat": lambda: plots.growth({"a": [1, 1_000_000]}, {"a": [3, 3]}, xlabel="n", ylabel="seconds"),
     "growth, steep": lambda: plots.growth({"a": [10, 11]}, {"a": [1e-5, 1e5]}, xlabel="n", ylabel="seconds"),
+    "trade-off": lambda: scoreboard(title="t"),
+    "trade-off, one size": lambda: plots.trade_off(
+        {k: torch.tensor(xy) for k, xy in PAID.items()}, groups=FAMILIES, xlabel="ms", ylabel="R@1"
+    ),
+    "trade-off, on one spot": lambda: heap(30, "a model, number"),
+    "trade-off, long": lambda: plots.trade_off(
+        {LONG + "!" * i: (100**i, i % 3) for i in range(7)},
+        groups={LONG + "!" * i: LONG + "?" * i for i in range(7)},
+        sizes={LONG + "!" * i: 3 for i in range(7)},
+        size_label=LONG * 2,
+        xlabel="x",
+        ylabel="y",
+        title=LONG * 3,
+    ),
+    "trade-off, one": lambda: plots.trade_off(
+        {"$a_b$": (3e-4, 2e6)}, groups={"$a_b$": "$g_h$"}, xlabel="x", ylabel="y"
+    ),
+    "trade-off, a line": lambda: plots.trade_off(
+        {f"a model {i}": (1e11 + 1e12 * i, -0.1) for i in range(10)},
+        groups={f"a model {i}": "ab"[i % 2] for i in range(10)},
+        xlabel="x",
+        ylabel="y",
+    ),
     "similarity": lambda: plots.similarity_matrix(RNG.normal(size=(4, 4)), CAPTIONS[:4], CAPTIONS[:4], title=LONG),
     "similarity, 16": lambda: plots.similarity_matrix(RNG.normal(size=(16, 16)), CAPTIONS[:16], CAPTIONS[:16]),
     "similarity, 64": lambda: plots.similarity_matrix(torch.randn(64, 64).bfloat16(), range(64), range(64), title="t"),
@@ -502,6 +544,88 @@ def test_growth_names_each_line_and_its_slope_at_its_end():
     assert places["b"] < places["c"] < places["a"]  # those that are pushed apart stay in order
 
 
+def outlines(fig: Figure) -> list[np.ndarray]:
+    """The corners (n, 2) of each mark of a trade-off, in pixels, in the order of drawing."""
+    found = []
+    for mark in fig.axes[0].collections:
+        (path,), (scale,), (middle,) = mark.get_paths(), mark.get_transforms(), mark.get_offsets()
+        at = mark.get_offset_transform().transform(middle)
+        found.append(np.concatenate(path.to_polygons(Affine2D(scale), closed_only=False)) + at)
+    return found
+
+
+def labels_of(fig: Figure) -> dict[str, Bbox]:
+    """The names beside the marks of a trade-off, and where they stand."""
+    return {" ".join(t.get_text().split()): Text.get_window_extent(t) for t in words(fig)
+            if t in fig.axes[1].texts and t.get_weight() == "bold"}  # fmt: skip
+
+
+def distance(points: np.ndarray, box: Bbox) -> float:
+    """From a box to the nearest of the points, in pixels."""
+    return float(np.hypot(*(points - np.clip(points, box.min, box.max)).T).min())
+
+
+def test_each_name_stands_beside_its_own_mark_and_all_marks_are_whole():
+    fig = scoreboard()
+    ax, labels = fig.axes[0], labels_of(fig)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear") and not fig.axes[1].lines
+    assert list(labels) == [*PAID]  # and no others, though more have a group and a size
+    marks = dict(zip([tuple(mark.get_offsets()[0]) for mark in ax.collections], outlines(fig), strict=True))
+    assert set(marks) == {*PAID.values()}
+    for name, xy in PAID.items():
+        away = {at: distance(mark, labels[name]) for at, mark in marks.items()}
+        assert min(away, key=away.get) == xy and 1 < away[xy] < 15, name
+    inside = ax.get_window_extent()
+    for mark in marks.values():
+        assert (mark > inside.min).all() and (mark < inside.max).all()
+    assert {"0", "0.3", "0.6", "1,000", "100,000"} <= {t.get_text() for t in words(fig)}
+
+
+def test_areas_are_in_proportion_to_the_sizes_whatever_the_shape_and_groups_share_shape_and_colour():
+    fig = scoreboard()
+    ax, names = fig.axes[0], {xy: name for name, xy in PAID.items()}
+    order = [names[tuple(mark.get_offsets()[0])] for mark in ax.collections]
+    assert order == sorted(order, key=PARAMETERS.get, reverse=True)  # a small mark is not hidden by a large one
+
+    def area(corners: np.ndarray) -> float:
+        x, y = (corners - corners.mean(axis=0)).T
+        return abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
+
+    ratio = [area(mark) / PARAMETERS[name] for name, mark in zip(order, outlines(fig), strict=True)]
+    assert ratio == pytest.approx([ratio[0]] * len(ratio), rel=0.01)
+    looks = {name: (to_hex(mark.get_facecolor()[0]), mark.get_paths()[0].vertices.tobytes())
+             for name, mark in zip(order, ax.collections, strict=True)}  # fmt: skip
+    shown = {kind: {looks[name] for name in PAID if FAMILIES[name] == kind} for kind in FAMILIES.values()}
+    assert not shown.pop("no texts") and all(len(look) == 1 for look in shown.values())
+    assert [len({*parts}) for parts in zip(*(look for (look,) in shown.values()), strict=True)] == [4, 4]
+    (legend,) = fig.legends
+    assert [t.get_text() for t in legend.get_texts()] == [*shown]
+    for handle, (look,) in zip(legend.legend_handles, shown.values(), strict=True):
+        shape = handle.get_marker()
+        shape = MarkerStyle(shape).get_path().transformed(MarkerStyle(shape).get_transform())
+        assert (to_hex(handle.get_color()), shape.vertices.tobytes()) == look
+    assert "area of a mark: parameters, 968,705 to 2,600,000" in {t.get_text() for t in words(fig)}
+    alike = [area(mark) for mark in outlines(PLOTS["trade-off, one size"]())]
+    assert alike == pytest.approx([alike[0]] * 7, rel=0.01) and alike[0] < 0.5 * ratio[0] * PARAMETERS["BLIP-2"]
+
+
+def test_lines_lead_to_names_without_room_beside_their_mark_and_the_axes_grow_for_many():
+    few, many = heap(8), heap(40, "a model, number")
+    assert many.get_figheight() > few.get_figheight() == heap(1).get_figheight()
+    for fig in (few, many):
+        labels, sheet = labels_of(fig), fig.axes[1]
+        inside, mark = fig.axes[0].get_window_extent(), np.concatenate(outlines(fig))
+        assert len(sheet.lines) == len(labels)
+        for line, box in zip(sheet.lines, labels.values(), strict=True):
+            start, end = line.get_transform().transform(line.get_xydata())
+            assert np.hypot(*(mark - start).T).min() < 3 and distance(end[None], box) < 6
+            assert (box.min > inside.min).all() and (box.max < inside.max).all()
+    boxes = labels_of(few)
+    for line, own in zip(few.axes[1].lines, boxes, strict=True):  # so few need not cross each other out
+        way = line.get_transform().transform(np.linspace(*line.get_xydata(), 200))
+        assert not [name for name, box in boxes.items() if name != own and distance(way, box) == 0]
+
+
 def test_a_level_crosses_curves_over_doubled_numbers_of_shots():
     ax = plots.crossing(SHOTS, {"linear probe": PROBE}, xlabel="", ylabel="", hline=(0.62, "zero-shot")).axes[0]
     assert ax.get_xscale() == "log" and list(ax.get_xticks()) == SHOTS
@@ -819,6 +943,17 @@ def test_the_palette_can_be_told_apart():
         (lambda: plots.growth_slope([1, 2], [1, np.inf]), "leave out the sizes that failed"),
         (lambda: plots.growth_slope([2, 2], [1, 1]), r"two different sizes or more, not \[2.0\]"),
         (lambda: plots.growth_slope([[1, 2]], [1, 1]), "sizes must have 1 dimensions"),
+        (lambda: plots.trade_off({}, groups={}, xlabel="", ylabel=""), "points is empty"),
+        (lambda: scoreboard(points={"GIT": (1, 2)}), "groups has no entry for 'GIT': give one for each name in points"),
+        (lambda: scoreboard(sizes={"CLIP": 3}), "sizes has no entry for 'ViLT'"),
+        (lambda: scoreboard(sizes=None), "sizes and size_label belong together"),
+        (lambda: scoreboard(size_label=None), "give both or neither"),
+        (lambda: scoreboard(sizes=PARAMETERS | {"FLIP": 0}), "sizes must be finite numbers > 0"),
+        (lambda: scoreboard(sizes=PARAMETERS | {"FLIP": None}), "sizes must be finite numbers > 0"),
+        (lambda: scoreboard(points={"ViT": (None, 0.5)}), r"points\['ViT'\] must be two finite .* not \(None, 0.5\)"),
+        (lambda: scoreboard(points={"ViT": (0, 0.5)}), "with x > 0, not .0, 0.5.: leave out a name without numbers"),
+        (lambda: scoreboard(points={"ViT": (1, 2, 3)}), r"points\['ViT'\] must be two finite numbers"),
+        (lambda: scoreboard(points={"ViT": 3}), r"points\['ViT'\] must have 1 dimensions"),
         (lambda: plots.similarity_matrix(np.zeros(4)), "must have 2 dimensions"),
         (lambda: plots.similarity_matrix(np.zeros((2, 3)), ["a"]), "row_labels has 1 entries for 2 rows"),
         (lambda: plots.picture_text_matrix(np.zeros(4), PICTURES, CAPTIONS), "scores must have 2 dimensions"),

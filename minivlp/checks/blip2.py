@@ -163,31 +163,31 @@ def _may_look(
     before = key <= ask
     apart = query == seen
     plan = {
-        "apart": apart,
-        "all": torch.ones(Q + L, Q + L, dtype=torch.bool),
-        "causal words": apart & (query | before),
-        "queries read": apart | query,
-        "words look": apart | word,
-        "words alone": word & ~seen,
-        "queries alone": query & seen,
-        "causal": (apart | word) & (query | before),
-        "leak": query | before,  # queries see all words
-        "both ways": apart | word,
-        "all causal": before,
-        "not itself": (apart | word) & (query | seen | (key < ask)),
-        "backwards": (apart | word) & (query | seen | (key >= ask)),
-    }[{"ITC": itc, "ITM": itm, "ITG": itg}[kind]]
+        "apart": lambda: apart,
+        "all": lambda: torch.ones(Q + L, Q + L, dtype=torch.bool),
+        "causal words": lambda: apart & (query | before),
+        "queries read": lambda: apart | query,
+        "words look": lambda: apart | word,
+        "words alone": lambda: word & ~seen,
+        "queries alone": lambda: query & seen,
+        "causal": lambda: (apart | word) & (query | before),
+        "leak": lambda: query | before,  # queries see all words
+        "both ways": lambda: apart | word,
+        "all causal": lambda: before,
+        "not itself": lambda: (apart | word) & (query | seen | (key < ask)),
+        "backwards": lambda: (apart | word) & (query | seen | (key >= ask)),
+    }[{"ITC": itc, "ITM": itm, "ITG": itg}[kind]]()
     real = torch.cat([torch.ones(B, Q, dtype=torch.bool), there], dim=1)
     if padding == "words first":
         real = torch.cat([there, torch.ones(B, Q, dtype=torch.bool)], dim=1)
     keys, askers = real[:, None], real[:, :, None]
     mask = plan & {
-        "none": torch.ones_like(keys),
-        "rows": askers,
-        "both": keys & askers,
-        "inverted": torch.cat([keys[..., :Q], ~keys[..., Q:]], dim=2),
-        "first": keys[:1],
-    }.get(padding, keys)
+        "none": lambda: torch.ones_like(keys),
+        "rows": lambda: askers,
+        "both": lambda: keys & askers,
+        "inverted": lambda: torch.cat([keys[..., :Q], ~keys[..., Q:]], dim=2),
+        "first": lambda: keys[:1],
+    }.get(padding, lambda: keys)()
     return mask.mT if way == "turned" else ~mask if way == "blocked" else mask.expand(B, Q + L, Q + L)
 
 
