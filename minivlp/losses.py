@@ -6,7 +6,6 @@ Shapes: B pairs, L text tokens, S image tokens, D width, V words of the vocabula
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -95,13 +94,13 @@ def contrastive_loss(logits: Tensor, positives: Tensor | None = None, *, smoothi
     instance because two captions are the same, shares each target out evenly among them. Label `smoothing` spreads
     this share of each target over the whole batch (BLIP-2: 0.1).
     """
-    logits, cross_entropy = logits.float(), partial(F.cross_entropy, label_smoothing=smoothing)
+    logits, smooth = logits.float(), {"label_smoothing": smoothing}
     if positives is None:
         own = torch.arange(len(logits), device=logits.device)
-        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        return (F.cross_entropy(logits, own, **smooth) + F.cross_entropy(logits.T, own, **smooth)) / 2
     targets = positives.float()
-    to_text = cross_entropy(logits, targets / targets.sum(1, keepdim=True))
-    to_image = cross_entropy(logits.T, (targets / targets.sum(0, keepdim=True)).T)
+    to_text = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True), **smooth)
+    to_image = F.cross_entropy(logits.T, (targets / targets.sum(0, keepdim=True)).T, **smooth)
     return (to_text + to_image) / 2
 
 

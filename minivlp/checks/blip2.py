@@ -181,14 +181,15 @@ def _may_look(
     if padding == "words first":
         real = torch.cat([there, torch.ones(B, Q, dtype=torch.bool)], dim=1)
     keys, askers = real[:, None], real[:, :, None]
-    mask = plan & {
+    there_are = {
         "none": lambda: torch.ones_like(keys),
         "rows": lambda: askers,
         "both": lambda: keys & askers,
         "inverted": lambda: torch.cat([keys[..., :Q], ~keys[..., Q:]], dim=2),
         "first": lambda: keys[:1],
     }.get(padding, lambda: keys)()
-    return mask.mT if way == "turned" else ~mask if way == "blocked" else mask.expand(B, Q + L, Q + L)
+    mask = (plan & there_are).expand(B, Q + L, Q + L)
+    return mask.mT if way == "turned" else ~mask if way == "blocked" else mask
 
 
 def _first_look(answers: Sequence[Tensor], cases: Sequence[tuple[str, Tensor, int]]) -> str:
