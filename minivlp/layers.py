@@ -101,7 +101,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-# name -> a new activation
+# name -> a new activation: GELUs, and the ReLU that OPT has
 GELUS = {"exact": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh"), "quick": QuickGELU, "relu": nn.ReLU}
 
 

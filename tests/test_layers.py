@@ -274,7 +274,8 @@ def test_quick_gelu_by_hand():
 
 def test_gelus_by_name():
     x = torch.linspace(-4, 4, 101)
-    expected = {"exact": F.gelu(x), "tanh": F.gelu(x, approximate="tanh"), "quick": x * torch.sigmoid(1.702 * x)}
+    expected = {"exact": F.gelu(x), "tanh": F.gelu(x, approximate="tanh"), "quick": x * torch.sigmoid(1.702 * x),
+                "relu": x.clamp(min=0)}  # fmt: skip
     assert set(GELUS) == set(expected)
     for name, values in expected.items():
         close(GELUS[name]()(x), values, 1e-7)

@@ -562,15 +562,16 @@ def test_a_checkpoint_holds_the_whole_history_and_may_be_older_than_a_part_of_it
     path, model = tmp_path / "run.safetensors", Net()
     optimizer = torch.optim.AdamW(model.parameters())
     losses = {"loss": [3.0, 2.0], "early": [1.0]}
-    history = History(losses, [0.1, 0.2], {"val": [0.5]}, [2], 7.5, "by hand", {"early": 0})
+    metrics = {"val": [0.5], "seldom": [0.25]}
+    history = History(losses, [0.1, 0.2], metrics, [2], 7.5, "by hand", {"early": 0}, {"seldom": [1]})
     assert all(getattr(history, f.name) != getattr(History(), f.name) for f in fields(history))
     train.save_checkpoint(path, model, optimizer, {}, history)
     assert train.load_checkpoint(path, model, optimizer, {}) == history
     tensors, about = train.read_safetensors(path)
     before = json.loads(about["history"])
-    del before["began"]
+    del before["began"], before["measured_at"]
     save_file(tensors, path, about | {"history": json.dumps(before)})
-    assert train.load_checkpoint(path, model, optimizer, {}) == replace(history, began={})
+    assert train.load_checkpoint(path, model, optimizer, {}) == replace(history, began={}, measured_at={})
 
 
 def test_ctrl_c_names_the_checkpoint_only_if_there_is_one(tmp_path):
