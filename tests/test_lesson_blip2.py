@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lesson_helpers import Fitted, changed, drawn_by_hand, few_pages, weights
+from lesson_helpers import Fitted, Oracle, changed, drawn_by_hand, few_pages, fewer, weights
 from torch import Tensor, nn
 from tower_helpers import close, digest, shake
 
 from minivlp import record
 from minivlp.data import PairTensors
+from minivlp.data.picturebook.describe import ANSWERS
+from minivlp.data.picturebook.understand import caption_facts
+from minivlp.data.picturebook.world import KINDS
+from minivlp.evaluate import bleu
 from minivlp.lessons import albef as lesson05
 from minivlp.lessons import blip as lesson07
 from minivlp.lessons import blip2 as lesson
@@ -788,3 +794,534 @@ def test_what_a_batch_decides_in_stage_2(mouth, batch):
              noise[0], 1 - noise[1]])), "cut": (image, ids, mask, says, half)}  # fmt: skip
     found = {name for name, those in other.items() if abs(second_loss(model, those) - before) > 1e-6}
     assert found == {"image", "ids"} | ({"cut"} if model.mouth.has_encoder else set())
+
+
+# --- measuring stage 1 -----------------------------------------------------------------------------------------------
+
+
+class Queries(Oracle):
+    """An oracle with several vectors a picture: ITC's similarity is (N, M, Q), that of each query."""
+
+    def __init__(self, images: Tensor, texts: Sequence[str], similarity: Tensor, odds: Tensor | None = None) -> None:
+        super().__init__(images, texts, similarity, torch.zeros(similarity.shape[:2]) if odds is None else odds)
+        self.config = SimpleNamespace(queries=similarity.shape[2])
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return super().encode_image(images).transpose(1, 2)  # (B, Q, M)
+
+
+def by_one_of(best: Tensor, low: float = -3.0) -> Tensor:
+    """A table of three queries (N, M, 3), of which one has what `best` (N, M) says and the others far less: it is never
+    the same one, so that no mean and no fixed query will do."""
+    who = (torch.arange(best.shape[0])[:, None] + torch.arange(best.shape[1])) % 3
+    table = low - torch.rand(*best.shape, 3, generator=torch.Generator().manual_seed(0))
+    return table.scatter(2, who[:, :, None], best[:, :, None].float())
+
+
+def test_similarities_are_those_of_each_query_with_each_text(model):
+    images, texts = full(5)
+    ids, mask = lesson.words().encode_batch(texts[:4])
+    with torch.no_grad():
+        expected = table_by_hand(model, model.eye(images[:4]), ids, mask)
+    found = lesson.similarities(model.train(), images, texts[:4])
+    assert found.shape == (5, 4, 3) and model.training and not found.requires_grad
+    close(found[:4].double(), torch.from_numpy(expected))
+    assert found.std() > 0.05
+    assert lesson.full_captions("test", 40) == full()[1] and lesson.full_captions("val", 40) == full(split="val")[1]
+
+
+def test_a_search_by_the_best_query_is_re_ranked_by_itm_plus_the_cosine():
+    following = torch.eye(40).roll(1, dims=1)  # the text of the next page
+    similarity = 0.9 * torch.eye(40) + 0.5 * following
+    odds = torch.full((40, 40), 50.0)  # of pairs that are never asked for
+    odds[(torch.eye(40) + following + following.T).bool()] = 0.0
+    odds += torch.eye(40) + 1.2 * following  # ITM alone prefers the wrong one, by less than the cosines differ
+    images, texts = full()
+
+    def search(best: Tensor, odds: Tensor, k: int = 2) -> list[float]:
+        found = lesson.search(Queries(images, texts, by_one_of(best), odds), n=40, k=k)
+        assert found.keys() == {"R@1 by ITC, 40", "R@1 re-ranked, 40"}
+        return [found["R@1 by ITC, 40"], found["R@1 re-ranked, 40"]]
+
+    assert search(similarity, odds) == [1.0, 1.0]
+    assert search(similarity, odds + 0.4 * following) == [1.0, 0.0]  # by more
+    # A picture that suits all texts wins all searches for pictures, and spoils no search for a text.
+    proud = similarity.clone()
+    proud[0] += 2
+    assert search(proud, torch.zeros(40, 40), k=1) == pytest.approx([(1 + 1 / 40) / 2] * 2)
+
+
+def test_preference_compares_the_own_caption_with_the_page_befores():
+    odds = torch.full((40, 40), -5.0).fill_diagonal_(-4.0)  # all unlikely, the own ones a little less so
+    half = odds.clone()
+    half[:20] = -half[:20]
+    before = torch.eye(40).roll(-1, dims=1).bool()
+    for table, expected in ((odds, 1.0), (-odds, 0.0), (torch.zeros(40, 40), 0.0), (half, 0.5),
+                            (odds.masked_fill(before, -3.0), 0.0)):  # fmt: skip
+        for split in ("test", "val"):
+            oracle = Queries(*full(split=split), torch.eye(40)[:, :, None], table)
+            assert lesson.preference(oracle, split, n=40) == expected
+
+
+def test_what_is_watched_in_stage_1_is_measured_on_validation_pages(monkeypatch):
+    data, seen = lesson.pairs("val", 40), []
+    texts = [told[FULL] if i < 10 else "a red cat" for i, told in enumerate(data.captions)]
+    monkeypatch.setattr(lesson, "write", lambda _, images, how: seen.append((
+        how, torch.equal(images, data.images))) or texts)  # fmt: skip
+    similarity = torch.eye(40)
+    similarity[:20] = similarity[:20].roll(1, dims=1)
+    oracle = Queries(*full(split="val"), by_one_of(similarity), torch.eye(40))
+    found = lesson.validation1(FEW, n=40)(oracle)
+    colours = caption_facts(texts, data.scenes)["colours, precision"]
+    assert seen == [("greedy", True)] and 0 < colours < 1
+    assert found.keys() == {"val R@1", "val matching", "val colours, Q-Former"}
+    assert found["val matching"] == 1.0 and found["val colours, Q-Former"] == colours
+    assert found["val R@1"] == pytest.approx(0.5, abs=0.02)
+    for loss, name in (("itc", "val R@1"), ("itm", "val matching"), ("itg", "val colours, Q-Former")):
+        assert lesson.validation1(replace(FEW, **{loss: False}), n=40)(oracle).keys() == found.keys() - {name}
+
+
+def test_stage_1_is_measured_by_what_it_has_learned(monkeypatch):
+    monkeypatch.setattr(lesson, "preference", lambda _: 0.75)
+    monkeypatch.setattr(lesson, "search", lambda _: {"R@1 re-ranked": 0.25})
+    seen = []
+    monkeypatch.setattr(lesson, "write", lambda _, images, how: seen.append((how, len(images))) or full()[1])
+    oracle = Queries(*full(), by_one_of(torch.eye(40)))
+    found = lesson.measure1(oracle, FEW)
+    assert seen == [("beam", 40)] and found["R@1"] == found["R@10 text to image"] == 1.0 and found["matching"] == 0.75
+    assert found["Q-Former: colours, precision"] == found["Q-Former: BLEU"] == 1.0
+    assert found["R@1 re-ranked"] == 0.25
+    for loss, gone in (("itc", {"R@1 re-ranked"} | {n for n in found if n.startswith("R@")}),
+                       ("itm", {"R@1 re-ranked", "matching"}),
+                       ("itg", {n for n in found if n.startswith("Q-Former: ")})):  # fmt: skip
+        assert lesson.measure1(oracle, replace(FEW, **{loss: False})).keys() == found.keys() - gone, loss
+
+
+def test_winners_are_the_queries_that_say_most_of_their_own_caption():
+    table = torch.full((40, 40, 3), 9.0)  # whatever is said of others' captions
+    table[range(40), range(40)] = torch.tensor([0.1, -0.5, 0.3])
+    table[range(10), range(10), 1] = 0.4
+    assert lesson.winners(Queries(*full(), table), n=40).tolist() == pytest.approx([0, 0.25, 0.75])
+    assert lesson.winners(Queries(*full(), table), n=20).tolist() == pytest.approx([0, 0.5, 0.5])
+    table[..., 0] = 1.0
+    assert lesson.winners(Queries(*full(), table), n=40).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("vectors", "expected"), [
+    ([[1.0, 0], [1, 0], [1, 0]], 1.0), ([[1.0, 0], [0, 1]], 0.0), ([[1.0, 0], [-1, 0]], -1.0),
+    ([[1.0, 0], [0, 1], [1, 0]], 1 / 3), ([[1.0, 0], [0.6, 0.8]], 0.6), ([[1.0, 0]], None),
+])  # fmt: skip
+def test_likeness_is_the_mean_cosine_of_two_queries(vectors, expected):
+    one = nn.Linear(1, 1)
+    one.encode_image = lambda images: torch.tensor(vectors).expand(len(images), -1, -1)
+    found = lesson.query_likeness(one, n=40)
+    assert np.isnan(found) if expected is None else found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("at", "name"), [(-1, 2), (0, 0)])
+def test_a_query_looks_where_its_attention_falls(model, at, name):
+    images, seen = full(4)[0], []
+    cross = model.qformer.blocks[name].cross
+    hook = cross.register_forward_hook(lambda *call: seen.append(call[-1][1]))
+    found = lesson.query_maps(model, images, block=at)
+    hook.remove()
+    assert found.shape == (4, 3, 16) and (found.sum(-1) < 1).all() and not found.requires_grad
+    (weights_of,) = seen
+    close(found, weights_of.mean(dim=1)[..., 1:])  # without the class token
+    assert found.std(0).max() > 1e-3 and found.std(1).max() > 1e-3
+    with torch.no_grad():  # who asks nothing looks everywhere
+        cross.attn.q.weight.zero_()
+        cross.attn.q.bias.zero_()
+    close(lesson.query_maps(model, images, block=at), torch.full((4, 3, 16), 1 / 17))
+
+
+def test_a_blinded_q_former_sees_no_difference_between_pictures(model, monkeypatch):
+    before, seen, real = weights(model), [], lesson.similarities
+    monkeypatch.setattr(lesson, "similarities", lambda *args: seen.append((args, real(*args))) or seen[0][1])
+    found = lesson.blinded(model, n=40)
+    ((blind, images, texts), table) = seen[0]
+    assert blind is not model and not moved(model, before) and (len(images), texts) == (40, full()[1])
+    close(table, table[:1].expand_as(table))
+    assert real(model, images, texts).std(0).max() > 0.01 and table.std(1).max() > 0.01  # it still reads
+    with torch.no_grad():
+        for block in model.qformer.blocks:
+            if block.cross:
+                block.cross.forward = lambda q, *_, norm=block.cross.norm, **__: (norm(q), None)
+        close(table, real(model, images, texts))
+    assert found == lesson03.mean_recall(lesson03.recalls(table.amax(dim=2)))
+    seen[:] = [(None, by_one_of(torch.eye(40)))]
+    assert lesson.blinded(model, n=40) == 1.0
+
+
+def test_gaps_are_those_of_the_query_that_wins():
+    pictures = by_one_of(torch.eye(40) + 0.1)
+    found = lesson.gaps(Queries(*full(), pictures), n=40)
+    best = pictures[range(40), range(40)].argmax(1)
+    won = torch.stack([pictures[i, :, q] for i, q in enumerate(best)])
+    expected = lesson05.modality_gap(won, torch.eye(40))
+    assert found == pytest.approx({f"gap, {name}": value for name, value in expected.items()})
+    mean = lesson05.modality_gap(pictures.mean(2), torch.eye(40))
+    assert abs(mean["distance"] - expected["distance"]) > 0.1
+
+
+def test_probes_are_decided_by_the_best_query_and_by_itm():
+    images, texts = lesson02.probe_pairs("replaced", 4)
+    own = torch.eye(8)
+    odds, best = own.clone(), own.clone()
+    odds[0, 1], odds[3, 2], odds[4, 5] = 2.0, 2.0, 2.0  # three pictures prefer the other's caption
+    best[2, 3] = 2.0
+    odds[1, 5] = best[1, 5] = best[6, 2] = 9.0  # captions of other probes are never asked for
+    found = lesson.probe_numbers(Queries(images, texts, by_one_of(best), odds), "replaced", n=4)
+    assert found == {"replaced, ITC": 7 / 8, "replaced, ITM": 5 / 8}
+
+
+def test_kinds_are_named_by_the_best_query():
+    data = lesson03.single_things("test", n=400, tier="normal")
+    kinds = data.labels("kind")[0]
+    texts = [f"a picture of {lesson.with_article(kind)}" for kind in KINDS]
+    seen = [lesson03.TEMPLATES[0].format(lesson.with_article(kind)) for kind in KINDS]
+    best = torch.eye(12)[kinds]
+    best[: len(kinds) // 2] = best[: len(kinds) // 2].roll(1, dims=1)
+    oracle = Queries(data.images, seen, by_one_of(best))
+    assert len(texts) == 12 and lesson.zero_shot_kind(oracle) == pytest.approx(1 - (len(kinds) // 2) / len(kinds))
+
+
+# --- measuring stage 2 -----------------------------------------------------------------------------------------------
+
+
+def test_prefixes_are_what_the_mouth_is_given_of_each_picture():
+    model, images = speaking().train(), full(5)[0]
+    found = lesson.prefixes(model, images, batch_size=2)
+    assert found.shape == (5, 3, 12) and model.training and not found.requires_grad and found.std(0).max() > 0.01
+    with torch.no_grad():
+        close(found, torch.cat([model.prefix(model.look(image[None])) for image in images]))
+
+
+def said_by_hand(model: BLIP2Speaker, text: str, prefix: Tensor | None) -> str:
+    """The answer to one question, word by word, each time read from the beginning."""
+    asked, mouth = lesson.words().encode(text)[1:-1], model.mouth
+    written, start = [], [DEC] if mouth.has_encoder else [DEC, *asked]
+    prompt = {"prompt": torch.tensor([asked])} if mouth.has_encoder else {}
+    with torch.no_grad():
+        while len(written) < 8 and SEP not in written:
+            states = mouth.write(torch.tensor([[*start, *written]]), prefix, **prompt)
+            written.append(int(mouth.lm_head(states[0, -1]).argmax()))
+    return lesson.words().decode(written)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "own": lambda p: p, "another": lambda p: p.roll(1, dims=0), "none": lambda p: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mouth", ["mouth", "mouth_prefix"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_answers_are_written_about_the_question_and_what_is_left_of_its_picture(monkeypatch, mouth, change):
+    model, q = speaking(mouth), lesson02.asked("test", 3)
+    shake(model.mouth, 0.5)  # so that it says more than one thing
+    with torch.no_grad():
+        held = torch.cat([model.prefix(model.look(image[None])) for image in lesson.pairs("test", 3).images])
+    held = CHANGES[change](held)
+    said = [said_by_hand(model, text, None if held is None else held[row][None])
+            for row, text in zip(q.rows.tolist(), q.texts, strict=True)]  # fmt: skip
+    known = list(dict.fromkeys(said))
+    assert len(known) > 2
+    monkeypatch.setattr(lesson, "ANSWERS", known[1:])  # the first thing that is said is no answer
+    expected = [known.index(text) - 1 for text in said]
+    how = {} if change == "own" else {"prefix": CHANGES[change]}
+    assert lesson.answers_of(model, n=3, **how).tolist() == expected and -1 in expected
+
+
+def test_answers_are_numbered_and_of_the_pages_of_their_split(monkeypatch):
+    model, seen = speaking(), []
+    for split in ("test", "val"):
+        q = lesson02.asked(split, 5)
+        said = [ANSWERS[i] for i in q.answers.tolist()]
+        said[1] = "red red"
+
+        def answer(mouth: nn.Module, prompts: list, *, prefix: Tensor, said: list[str] = said) -> list[str]:
+            seen.append((mouth, len(prompts), prefix))
+            return said
+
+        monkeypatch.setattr(lesson, "answers_after", answer)
+        expected = q.answers.clone()
+        expected[1] = -1
+        assert torch.equal(lesson.answers_of(model, split, n=5), expected)
+        mouth, count, prefix = seen.pop()
+        assert mouth is model.mouth and count == len(q.texts)
+        close(prefix, lesson.prefixes(model, lesson.pairs(split, 5).images)[q.rows])
+
+
+def test_what_is_watched_in_stage_2_is_measured_on_validation_pages(monkeypatch):
+    data, seen, model = lesson.pairs("val", 40), [], object()
+    texts = [told[FULL] if i < 10 else "a red cat" for i, told in enumerate(data.captions)]
+    monkeypatch.setattr(lesson, "write", lambda *args: seen.append(args) or texts)
+    answers = lesson02.asked("val", 7).answers
+    monkeypatch.setattr(lesson, "answers_of", lambda m, split, n: answers.clone().index_fill_(
+        0, torch.arange(len(answers) // 2), -1) if (m, split, n) == (model, "val", 7) else None)  # fmt: skip
+    facts = caption_facts(texts, data.scenes)
+    assert lesson.validation2(FEW, n=40, asked_of=7)(model) == pytest.approx({
+        "val colours": facts["colours, precision"], "val objects": facts["objects, recall"],
+        "val VQA": 1 - (len(answers) // 2) / len(answers),
+    })  # fmt: skip
+    ((written_by, images, how),) = seen
+    assert written_by is model and torch.equal(images, data.images) and how == "greedy"
+
+
+def test_stage_2_is_measured_by_its_captions_and_answers(monkeypatch):
+    data, seen = lesson.pairs("test", 40), []
+    texts = [told[FULL] if i % 2 else "a red cat" for i, told in enumerate(data.captions[:30])]
+    monkeypatch.setattr(lesson, "write", lambda _, images, how: seen.append((images, how)) or texts)
+    answers = lesson02.asked("test", 200).answers
+    monkeypatch.setattr(lesson, "answers_of", lambda _, n: answers.roll(0 if n == 200 else 1))
+    found = lesson.measure2(object(), FEW, n=30)
+    ((images, how),) = seen
+    assert torch.equal(images, data.images[:30]) and how == "beam"
+    expected = caption_facts(texts, data.scenes[:30]) | {
+        "BLEU": bleu(texts, [[told[1], told[4]] for told in data.captions[:30]]), "VQA, 200 pages": 1.0,
+        "unique": len(set(texts)) / 30,
+    }  # fmt: skip
+    assert found == pytest.approx(expected) and 0 < found["unique"] < 1
+
+
+def test_a_majority_is_right_as_often_as_the_commonest_answer_of_each_type():
+    q, right = lesson02.asked("test", 500), 0
+    for kind in sorted(set(q.types)):
+        said = [a for a, t in zip(q.answers.tolist(), q.types, strict=True) if t == kind]
+        right += max(map(said.count, said))
+    assert lesson.majority() == pytest.approx(right / len(q.types)) and right < len(q.types)
+    assert lesson.majority("val", n=40) != lesson.majority()
+
+
+def test_controls_take_the_picture_away_in_three_ways(monkeypatch):
+    model, q, described = speaking(), lesson02.asked("test", 500), []
+    (images, texts), own = full(), torch.arange(40.0)[:, None, None] + 1
+    of = {image.numpy().tobytes(): text for image, text in zip(images, texts, strict=True)}
+    monkeypatch.setattr(lesson, "write", lambda _, images, how: [of[i.numpy().tobytes()] for i in images])
+    real = lesson.caption_numbers
+    monkeypatch.setattr(lesson, "caption_numbers", lambda texts: described.append(texts) or real(texts))
+
+    def answers_of(_: nn.Module, *, prefix: Callable) -> Tensor:
+        """Right where the own picture is shown; without any, the first half; with zeros, nothing."""
+        shown = prefix(own)
+        there = torch.arange(len(q.rows)) < len(q.rows) // 2 if shown is None else (shown == own)[q.rows, 0, 0]
+        return torch.where(there, q.answers, -1)
+
+    monkeypatch.setattr(lesson, "answers_of", answers_of)
+    found = lesson.controls(model, n=40)
+    assert described[0] == texts[-1:] + texts[:-1] and found["another picture: colours, precision"] < 0.5
+    half = lesson02.answered_right(torch.where(torch.arange(len(q.rows)) < len(q.rows) // 2, q.answers, -1), q)
+    for name, expected in (("VQA", dict.fromkeys(half, 1.0)), ("VQA, another picture", dict.fromkeys(half, 0.0)),
+                           ("VQA, zeros", dict.fromkeys(half, 0.0)), ("VQA, question alone", half)):  # fmt: skip
+        for kind, value in expected.items():
+            assert found[name if kind == "all" else f"{name}, {kind}"] == pytest.approx(value), (name, kind)
+    assert found["VQA, most common answer of the type"] == lesson.majority()
+    written = []
+    with torch.no_grad():
+        while len(written) < lesson07.LONGEST and SEP not in written:
+            states = model.mouth.write(torch.tensor([[DEC, *written]]), torch.zeros(1, 3, 12))
+            written.append(int(model.mouth.lm_head(states[0, -1]).argmax()))
+    assert described[1] == [lesson.words().decode(written)] * 40 and len(described) == 2
+    assert {f"zeros: {name}" for name in real(texts)} <= found.keys()
+
+
+def test_a_fingerprint_shows_the_smallest_change(model):
+    found = lesson.weights_hash(model)
+    assert re.fullmatch(r"[0-9a-f]{12}", found) and found == lesson.weights_hash(deepcopy(model).train())
+    one, two = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    assert lesson.weights_hash(one) == lesson.weights_hash(two)
+    two.running_mean[1] = 1e-30  # buffers, too
+    assert lesson.weights_hash(one) != lesson.weights_hash(two)
+    other = nn.Module()
+    other.scale, other.shift = one.bias, one.weight  # the same numbers by other names
+    another = nn.Module()
+    another.scale, another.shifted = one.bias, one.weight
+    assert lesson.weights_hash(other) != lesson.weights_hash(another)
+    with torch.no_grad():
+        weight = model.qformer.blocks[1].query_mlp.fc2.bias
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    assert lesson.weights_hash(model) != found
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All measurements look at few pages, or at 4 probes."""
+    small = {"preference": 40, "search": 40, "controls": 10, "winners": 40, "gaps": 40, "blinded": 40, "measure2": 10,
+             "query_likeness": 40, "probe_numbers": 4, "validation1": 10}  # fmt: skip
+    for name, n in small.items():
+        monkeypatch.setattr(lesson, name, fewer(getattr(lesson, name), n))
+    monkeypatch.setattr(lesson, "validation2", fewer(lesson.validation2, 10, asked_of=5))
+    real = lesson.asked
+    monkeypatch.setattr(lesson, "asked", lambda split, n: real(split, min(n, 5)))  # questions about five pages
+
+
+def test_the_main_run_reports_every_number_that_was_recorded(small_tests):
+    run = lesson.run(FEW, seed=0, device=CPU)
+    sources = [source for source in (*lesson.SCOREBOARD.values(), *lesson.BOARD.values(), *lesson.HEADLINE[1:])
+               if isinstance(source, tuple)]  # fmt: skip
+    assert {metric for *_, metric in sources} <= run.metrics.keys()
+    shares = {name: value for name, value in run.metrics.items()
+              if name not in ("trainable, stage 2", "gap, distance", "likeness of queries")}  # fmt: skip
+    assert all(np.isfinite(value) for value in run.metrics.values()) and all(0 <= v <= 1 for v in shares.values())
+    assert run.metrics["trainable, stage 2"] == sum(
+        p.numel() for name, p in run.model.named_parameters() if not name.startswith(("eye.", "mouth."))
+    )
+    wins = [run.metrics[f"wins, query {i}"] for i in (1, 2, 3)]
+    assert wins == sorted(wins, reverse=True) and sum(wins) == pytest.approx(1) and "wins, query 4" not in run.metrics
+    h, watched1 = run.history, {"val R@1", "val matching", "val colours, Q-Former"}
+    watched2 = {f"stage 2: val {name}" for name in ("colours", "objects", "VQA")}
+    assert h.losses.keys() == LOSSES | {"stage 2: lm"} and h.metrics.keys() == watched1 | watched2
+    assert h.began == {"stage 2: lm": 0} and h.metric_steps == [1, 2, 3, 4]
+    assert h.measured_at == {key: [1, 2, 3, 4] for key in watched2} and all(len(v) == 4 for v in h.losses.values())
+    assert type(run.model) is BLIP2Speaker and type(run.model.mouth) is DecoderLM
+    first, history = lesson.stage1(FEW, seed=0, device=CPU, progress=None)
+    assert history.losses.keys() == LOSSES and history.metrics.keys() == watched1  # what is remembered stays
+    assert run.model.eye is first.eye and run.model.qformer is not first.qformer
+    if record.recorded_file(lesson.NAME).exists():
+        recorded = record.load(lesson.NAME).runs["main"]["BLIP-2"][0]
+        names = {name.replace(", 40", ", 256") for name in run.metrics}
+        kinds = {f"VQA{which}, {kind}" for which in ("", ", another picture", ", zeros", ", question alone")
+                 for kind in lesson02.asked("test", 40).types}  # fmt: skip # five pages may lack one
+        assert names | kinds | {f"wins, query {i}" for i in range(1, 9)} == recorded["metrics"].keys()
+        assert {*h.losses, *h.metrics} <= recorded["curves"].keys()
+
+
+KINDS_OF_RUN = {
+    "all three": (PLAIN, {"R@1", "matching", "R@1 re-ranked, 40", "Q-Former: BLEU"}, {"VQA", "wins, query 1"}),
+    "without ITC": (replace(PLAIN, itc=False), {"matching", "Q-Former: BLEU"}, {"R@1", "R@1 re-ranked, 40"}),
+    "without ITM": (replace(PLAIN, itm=False), {"R@1", "Q-Former: BLEU"}, {"matching", "R@1 re-ranked, 40"}),
+    "without ITG": (replace(PLAIN, itg=False), {"R@1", "matching"}, {"Q-Former: BLEU"}),
+    "one query": (replace(PLAIN, model=replace(TINY, queries=1)), {"R@1", "matching"}, {"likeness of queries"}),
+    "stage 2 alone": (replace(PLAIN, steps=0, words=""), set(), {"R@1", "matching", "Q-Former: BLEU", "VQA"}),
+    "encoder-decoder": (replace(PLAIN, mouth="mouth_prefix"), {"R@1", "matching"}, {"VQA"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_RUN)
+def test_each_kind_of_run_is_measured_with_what_it_has(small_tests, kind):
+    recipe, there, missing = KINDS_OF_RUN[kind]
+    run = lesson.run(recipe, seed=0, device=CPU)
+    always = {"colours, precision", "BLEU", "unique", "VQA, 200 pages", "trainable, stage 2", "hallucinated"}
+    assert always | there <= run.metrics.keys() and not missing & run.metrics.keys()
+    assert all(np.isfinite(value) for value in run.metrics.values())
+    assert len(run.history.losses["stage 2: lm"]) == recipe.second
+    own = {name for name in LOSSES if recipe.steps and getattr(recipe, name)}
+    assert run.history.losses.keys() == own | {"stage 2: lm"} and digest(run.model.eye) == digest(small_eye("clip"))
+
+
+def test_arms_that_differ_in_stage_2_alone_go_on_from_one_first_stage(monkeypatch):
+    seen, fits, real = [], [], lesson.fit
+    monkeypatch.setattr(lesson, "fit", lambda *args, **how: fits.append(args) or real(*args, **how))
+    monkeypatch.setattr(lesson, "stage2", lambda first, *_, **__: seen.append((first, weights(first))) or (
+        nn.Linear(1, 1), History()))  # fmt: skip
+    for name in ("measure1", "measure2"):
+        monkeypatch.setattr(lesson, name, lambda *_: {})
+    monkeypatch.setattr(lesson, "validation1", lambda _: lambda _: {})
+    arms = [PLAIN, replace(PLAIN, mouth="mouth_prefix"), replace(PLAIN, second_pages=20), replace(PLAIN, itm=False)]
+    for recipe in arms:
+        lesson.run(recipe, seed=0, device=CPU)
+    (one, before), (two, _), (three, after), (other, _) = seen
+    assert one is two is three is not other and len(fits) == 2 and not changed_tensors(before, after)
+
+
+# --- sizes, clock and pages ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lesson, "eye_of", real_eye_of)
+    monkeypatch.setattr(lesson, "ready_made", real_ready_made)
+
+
+def test_the_sizes_that_the_lesson_prints_are_those_of_its_models(real_parts):
+    first, second = lesson.both_stages()
+    counted = {}
+    for stage, model, frozen in (("stage 1", first, ("eye.",)), ("stage 2", second, ("eye.", "mouth."))):
+        each = {id(p): (name, p.numel()) for name, p in model.named_parameters()}.values()  # tied ones once
+        counted[f"all, {stage}"] = sum(n for _, n in each)
+        counted[f"trained, {stage}"] = sum(n for name, n in each if not name.startswith(frozen))
+        assert 0 < counted[f"trained, {stage}"] < counted[f"all, {stage}"]
+    assert lesson.facts() == counted | {"parameters": counted["all, stage 2"]}
+    kept = lesson.build(lesson.MAIN.model)
+    assert {n: t.shape for n, t in kept.state_dict().items()} == {n: t.shape for n, t in second.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_thawed_model_sees_the_same_and_is_trained_from_end_to_end(stage, batch):
+    model = {1: tiny(temperature=0.3), 2: speaking()}[stage]
+    loss = {1: lesson.stage1_loss, 2: lesson.stage2_loss}[stage]
+    before, images = weights(model), lesson.pairs("train", 60).images[:3]
+    free = lesson.thawed(model).train()
+    assert free is not model and not moved(free, before) and free.eye is not model.eye and free.eye.training
+    losses, expected = loss(free, images, *batch[1:]), loss(model, images, *batch[1:])
+    for name, value in losses.items():
+        close(value, expected[name])
+    sum(losses.values()).backward()
+    quiet = {name for name, p in free.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    assert all(p.requires_grad for p in free.parameters())
+    assert not [name for name in quiet if name.startswith(("eye.", "ln_vision.", "mouth."))
+                and not name.endswith(("attn.kv.bias", "attn.qkv.bias"))]  # fmt: skip
+    assert not any(p.requires_grad for p in model.eye.parameters()) and not moved(model, before)
+    assert type(model.eye) is Eye and not model.train().eye.training  # the first one stays frozen
+
+
+def test_a_clock_counts_single_steps_and_a_whole_search(monkeypatch):
+    asked, trained, searched = [], [], []
+
+    def turns(ways: dict[str, Callable], **_: object) -> dict[str, list[float]]:
+        asked.append(list(ways))
+        for way in ways.values():
+            way()
+        return {name: [2.0 * (k + 1), 2.0 * (k + 1), 99.0] for k, name in enumerate(ways)}
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable, ready: list) -> None:
+        images, names = {batch[0].ndim for batch in ready}, loss(model, *ready[0]).keys()
+        inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        eyes = sum(id(p) in inside for p in model.eye.parameters())
+        trained.append((len(ready), images, set(names), bool(eyes), model.training))
+
+    monkeypatch.setattr(lesson, "take_turns", turns)
+    monkeypatch.setattr(lesson05, "take_steps", step)
+    monkeypatch.setattr(lesson, "CLOCK_STEPS", 2)
+    monkeypatch.setattr(lesson, "BASE", PLAIN)
+    monkeypatch.setattr(lesson, "both_stages", lambda real=lesson.both_stages: real(PLAIN))
+    monkeypatch.setattr(lesson, "MAIN", replace(FEW, steps=100, second=10))
+    monkeypatch.setattr(lesson, "similarities", lambda _, images, texts: searched.append((
+        len(images), len(texts))) or torch.zeros(1, 1, 1))  # fmt: skip
+    found = lesson.clock(CPU)
+    stages = [f"{stage}{how}" for stage in ("stage 1", "stage 2") for how in
+              ("", ", looking each time", ", end to end")]  # fmt: skip
+    names = [*stages, "stage 1 without ITC", "stage 1 without ITM", "stage 1 without ITG"]
+    assert asked == [names, [""]] and searched == [(40, 40)]
+    states, pixels = {3}, {4}
+    assert trained == [
+        *[(2, shown, losses, free, True) for losses in (LOSSES, {"lm"})
+          for shown, free in ((states, False), (pixels, False), (pixels, True))],
+        *[(2, states, LOSSES - {name}, False, True) for name in ("itc", "itm", "itg")],
+    ]  # fmt: skip
+    assert found == pytest.approx({f"ms, step, {name}": 1000.0 * (k + 1) for k, name in enumerate(names)} | {
+        "training seconds": 100 * 1 + 10 * 4, "ms for 1,000 x 1,000 pairs": 2000})  # fmt: skip
+    assert {source for source in lesson.BOARD.values() if isinstance(source, str)} <= {*found, *lesson.facts()}
+
+
+def test_all_pictures_are_drawn_once_before_runs_go_side_by_side(monkeypatch):
+    drawn = set()
+    monkeypatch.setattr(lesson, "pairs", lambda split, n: drawn.add((split, n)))
+    monkeypatch.setattr(lesson02, "probe_pairs", lambda kind: drawn.add(kind))
+    monkeypatch.setattr(lesson03, "single_things", lambda split, *, n, tier: drawn.add(("single", split, n, tier)))
+    lesson.prepare()
+
+    def default(function: Callable, name: str = "n") -> int:
+        return inspect.signature(function).parameters[name].default
+
+    singles = default(lesson.zero_shot_kind)
+    assert {
+        ("train", lesson.BASE.pages), ("test", 1000), ("test", 200), ("single", "test", singles, "normal"),
+        ("val", default(lesson.validation1)), ("val", default(lesson.validation2)),
+        ("val", default(lesson.validation2, "asked_of")), ("test", default(lesson.preference)),
+        ("test", default(lesson.answers_of)), "replaced", "attribute_swap", "order_swap", "count",
+    } <= drawn  # fmt: skip
+    assert {recipe.pages for recipe in ARMS.values()} == {lesson.BASE.pages}
