@@ -172,6 +172,9 @@ PLOTS = {
     "trade-off, one": lambda: plots.trade_off(
         {"$a_b$": (3e-4, 2e6)}, groups={"$a_b$": "$g_h$"}, xlabel="x", ylabel="y"
     ),
+    "trade-off, wide numbers": lambda: plots.trade_off(
+        {"a": (1e9, 1e9), "b": (1e12, 1e9 + 1)}, groups={"a": "c", "b": "d"}, xlabel="x", ylabel="y"
+    ),
     "trade-off, a line": lambda: plots.trade_off(
         {f"a model {i}": (1e11 + 1e12 * i, -0.1) for i in range(10)},
         groups={f"a model {i}": "ab"[i % 2] for i in range(10)},
@@ -624,6 +627,23 @@ def test_lines_lead_to_names_without_room_beside_their_mark_and_the_axes_grow_fo
     for line, own in zip(few.axes[1].lines, boxes, strict=True):  # so few need not cross each other out
         way = line.get_transform().transform(np.linspace(*line.get_xydata(), 200))
         assert not [name for name, box in boxes.items() if name != own and distance(way, box) == 0]
+
+
+@pytest.mark.parametrize("seed", [26, 87, 142])  # where the first free places would let a line go through a label
+def test_no_label_is_put_on_the_line_of_another_and_no_line_through_a_label(seed):
+    middles, labels = np.random.default_rng(seed).uniform((2, 1), (3, 1.5), (8, 2)), [(0.6, 0.17)] * 8
+    found = plots._beside(middles, np.full(8, 0.08), labels, (7.0, 2.9))
+    ways = {i: np.linspace(middle, tip, 200) for i, (middle, (_, tip)) in enumerate(zip(middles, found, strict=True))
+            if tip is not None}  # fmt: skip
+    assert ways
+    for i, (box, _) in enumerate(found):
+        assert not [k for k, way in ways.items() if k != i and distance(way, Bbox.from_extents(*box)) == 0]
+
+
+def test_names_of_groups_and_models_are_no_formulas():
+    fig = PLOTS["trade-off, one"]()
+    plain = [t for t in words(fig) if "$" in t.get_text()]
+    assert {t.get_text() for t in plain} == {"$a_b$", "$g_h$"} and not any(t.get_parse_math() for t in plain)
 
 
 def test_a_level_crosses_curves_over_doubled_numbers_of_shots():
