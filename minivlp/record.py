@@ -416,7 +416,7 @@ def filled(text: str, page: str = "README.md") -> str:
 def board_page() -> str:
     """What data/scoreboard.md says."""
     words = (
-        "Every model of the course so far on the same test split of the picture book (normal tier). Mean ± standard "
+        "All models of the course on the same test split of the picture book (normal tier). Mean ± standard "
         "deviation over seeds, from the runs in [recorded](recorded); a dash where there is no number. This page is "
         "written by `python -m minivlp.record --boards`, so do not edit it."
     )
