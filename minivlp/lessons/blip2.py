@@ -10,12 +10,14 @@ import copy
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import minivlp
 from minivlp.bench import take_turns
@@ -34,7 +36,7 @@ from minivlp.lessons import vit as lesson01
 from minivlp.lessons.albef import matching, rerank, states, wrong_partners
 from minivlp.lessons.blip import Corpus, PairBatches, caption_numbers, write
 from minivlp.lessons.clip import image_vectors, recalls, text_vectors
-from minivlp.lessons.language import answers_after, prompts_of, ready_made
+from minivlp.lessons.language import answered, answers_after, prompts_of, ready_made
 from minivlp.lessons.vilt import asked, pairs, words
 from minivlp.lessons.vit import Run
 from minivlp.losses import contrastive_loss, masked_lm_loss, next_words
@@ -72,6 +74,7 @@ class Recipe:
     second_lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
+    end_to_end: float = 0.0  # eye and mouth are trained, too, at this share of the rate: what BLIP-2 does without
     everything: bool = False  # also measure what only the main run needs
 
 
@@ -110,7 +113,11 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         "ViT of lesson 01": replace(BASE, eye="vit_normal"),
         "BLIP of lesson 07": replace(BASE, eye="blip"),
     },
-    "queries": {f"{Q}": replace(BASE, model=qformer(queries=Q)) for Q in (1, 16)},
+    "queries": {f"{Q}": replace(BASE, model=qformer(queries=Q)) for Q in (1, 4, 16)},
+    "end to end": {
+        "at the same rate": replace(BASE, end_to_end=1.0),
+        "eye and mouth at a tenth of the rate": replace(BASE, end_to_end=0.1),
+    },
     "Q-Former": {
         "cross-attention in every block": replace(BASE, model=qformer(cross_every=1)),
         "words start at random": replace(BASE, words=""),
@@ -139,6 +146,40 @@ def features(eye: str, split: str, n: int) -> Tensor:
         return torch.cat([eye_of(eye)(part) for part in pairs(split, n).images.split(250)])
 
 
+def thawed(model: nn.Module) -> nn.Module:
+    """A copy that is trained end to end: nothing in it is frozen, and the eye is asked with gradients."""
+    free = copy.deepcopy(model).requires_grad_(True)
+    free.eye.__class__ = _OpenEye
+    return free
+
+
+class _OpenEye(Eye):
+    """What the eye would be if it were trained, for comparison."""
+
+    def train(self, mode: bool = True) -> Eye:
+        return nn.Module.train(self, mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.tower.embed(images)
+        for block in self.tower.encoder.blocks:
+            x, _ = block(x)
+        return x
+
+
+def slower(model: nn.Module, share: float) -> Callable[[nn.Module, int], None]:
+    """For `fit`, after each step: eye and mouth take only a `share` of each update, which is what AdamW would do at
+    this share of the rate."""
+    parts = [p for part in ("eye", "mouth") if hasattr(model, part) for p in getattr(model, part).parameters()]
+    kept = [p.detach().clone() for p in parts]
+
+    @torch.no_grad()
+    def hold_back(_: nn.Module, step: int) -> None:
+        for parameter, before in zip(parts, kept, strict=True):
+            parameter.copy_(before.lerp_(parameter, share))
+
+    return hold_back
+
+
 def corpus(recipe: Recipe, pages: int) -> Corpus:
     """The training pairs: each of the first `pages` pages with one caption of each of the `levels`."""
     data = pairs("train", recipe.pages)
@@ -148,9 +189,10 @@ def corpus(recipe: Recipe, pages: int) -> Corpus:
 
 
 def batches(recipe: Recipe, *, seed: int, pages: int | None = None) -> PairBatches:
-    """-> the eye's states (B, S, D') in the place of pictures, ids and mask (B, L), says (B), noise (2, B)."""
-    return PairBatches(corpus(recipe, pages or recipe.pages), batch_size=recipe.batch_size, seed=seed,
-                       images=features(recipe.eye, "train", recipe.pages))  # fmt: skip
+    """-> the eye's states (B, S, D') in the place of pictures, which an eye that is trained must see each time (then
+    B, C, H, W), ids and mask (B, L), says (B), noise (2, B)."""
+    seen = None if recipe.end_to_end else features(recipe.eye, "train", recipe.pages)
+    return PairBatches(corpus(recipe, pages or recipe.pages), batch_size=recipe.batch_size, seed=seed, images=seen)
 
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
@@ -210,7 +252,7 @@ def begin(recipe: Recipe, *, seed: int = 0, device: torch.device | None = None) 
     model = BLIP2(recipe.model, copy.deepcopy(eye_of(recipe.eye))).to(device)
     if recipe.words:
         start_from_words(model, ready_made(recipe.words))
-    return model
+    return thawed(model) if recipe.end_to_end else model
 
 
 _FIRST: dict[tuple, tuple[BLIP2, History]] = {}  # the newest few, see `stage1`
@@ -228,9 +270,10 @@ def stage1(
         minivlp.seed_everything(seed)
         history = History()
         if recipe.steps:
+            hooks = [slower(model, recipe.end_to_end)] if recipe.end_to_end else []
             loss = partial(stage1_loss, itc=recipe.itc, itm=recipe.itm, itg=recipe.itg, smoothing=recipe.smoothing)
             history = fit(model, batches(recipe, seed=seed), loss, steps=recipe.steps, lr=recipe.lr,
-                          weight_decay=recipe.weight_decay, warmup=recipe.warmup, progress=progress,
+                          weight_decay=recipe.weight_decay, warmup=recipe.warmup, progress=progress, after_step=hooks,
                           evaluate=validation1(recipe), evaluate_every=math.ceil(recipe.steps / times))  # fmt: skip
             clamp_temperature(model)  # the last update came after the last clamp
         if history.stopped:
@@ -282,9 +325,12 @@ def stage2(
     minivlp.seed_everything(seed)
     device = next(first.parameters()).device
     model = BLIP2Speaker(first, ready_made(recipe.mouth)).to(device)
+    if recipe.end_to_end:
+        model = thawed(model)
+    hooks = [slower(model, recipe.end_to_end)] if recipe.end_to_end else []
     data = batches(recipe, seed=seed + 1, pages=recipe.second_pages)
     history = fit(model, data, stage2_loss, steps=recipe.second, lr=recipe.second_lr, warmup=recipe.warmup,
-                  weight_decay=recipe.weight_decay, progress=progress, evaluate=validation2(recipe),
+                  weight_decay=recipe.weight_decay, progress=progress, after_step=hooks, evaluate=validation2(recipe),
                   evaluate_every=math.ceil(recipe.second / times))  # fmt: skip
     if history.stopped and progress is None:
         raise KeyboardInterrupt
@@ -523,6 +569,8 @@ def run(recipe: Recipe, *, seed: int, device: torch.device, progress: str | None
     second, later = stage2(first, recipe, seed=seed, progress=progress)
     numbers |= measure2(second, recipe)
     numbers["trainable, stage 2"] = sum(p.numel() for p in second.parameters() if p.requires_grad)
+    if recipe.end_to_end:  # a frozen one forgets nothing
+        numbers["comprehension"] = answered(second.mouth)
     if recipe.everything:
         numbers |= main_numbers(first, second)
     history.losses |= {f"stage 2: {name}": values for name, values in later.losses.items()}
@@ -604,32 +652,38 @@ def build(config: QFormerConfig) -> BLIP2Speaker:
     return both_stages(replace(MAIN, model=config))[1]
 
 
+def ways_to_train(first: BLIP2, second: BLIP2Speaker) -> Iterator[tuple[str, nn.Module, Callable, PairBatches]]:
+    """What freezing is compared by, for either stage: its name, a model, its loss and its batches; with the frozen
+    states at hand, looking at the pictures each time, and trained end to end."""
+    kept, looked = batches(BASE, seed=0), batches(replace(BASE, end_to_end=1.0), seed=0)
+    for stage, model, loss in (("stage 1", first, stage1_loss), ("stage 2", second, stage2_loss)):
+        yield stage, model, loss, kept
+        yield f"{stage}, looking each time", model, loss, looked
+        yield f"{stage}, end to end", thawed(model), loss, looked
+
+
+def operations(model: nn.Module, loss: Callable, data: PairBatches) -> int:
+    """Floating-point operations of a step there and back, the mean of `CLOCK_STEPS`: two for each multiplication with
+    addition in the matrix products."""
+    own = copy.deepcopy(model).train()
+    # PyTorch's counter does not know the fused attention of the CPU, but the products that it is made of.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for step in range(CLOCK_STEPS):
+            sum(loss(own, *data(step)).values()).backward()
+    return counter.get_total_flops() // CLOCK_STEPS
+
+
 def facts() -> dict[str, float]:
-    """Numbers that no run is needed for."""
+    """Numbers that no run is needed for: parameters, operations of a step, and how far pictures and texts lie apart
+    before any training (mean of five seeds)."""
     first, second = both_stages()
     of = {"stage 1": sizes(first), "stage 2": sizes(second)}
+    before = [gaps(begin(MAIN, seed=seed)) for seed in range(5)]
     return {f"{kind}, {stage}": n for stage, both in of.items() for kind, n in both.items()} | {
-        "parameters": of["stage 2"]["all"]}  # fmt: skip
-
-
-def thawed(model: nn.Module) -> nn.Module:
-    """A copy that is trained end to end: nothing in it is frozen, and the eye is asked with gradients."""
-    free = copy.deepcopy(model).requires_grad_(True)
-    free.eye.__class__ = _OpenEye
-    return free
-
-
-class _OpenEye(Eye):
-    """What the eye would be if it were trained, for comparison."""
-
-    def train(self, mode: bool = True) -> Eye:
-        return nn.Module.train(self, mode)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.tower.embed(images)
-        for block in self.tower.encoder.blocks:
-            x, _ = block(x)
-        return x
+        "parameters": of["stage 2"]["all"]} | {
+        f"operations, step, {name}": operations(model, loss, data)
+        for name, model, loss, data in ways_to_train(first, second)} | {
+        f"before training: {name}": statistics.mean(gap[name] for gap in before) for name in before[0]}  # fmt: skip
 
 
 def clock(device: torch.device) -> dict[str, float]:
@@ -637,8 +691,7 @@ def clock(device: torch.device) -> dict[str, float]:
     looking at the pictures each time, and trained end to end; of stage 1 without each loss; "training seconds" of the
     main run, and "ms for 1,000 x 1,000 pairs"."""
     first, second = (model.to(device) for model in both_stages())
-    kept, looked = batches(BASE, seed=0), PairBatches(corpus(BASE, BASE.pages), batch_size=BASE.batch_size, seed=0)
-    steps = {}
+    kept, steps = batches(BASE, seed=0), {}
 
     def add(name: str, model: nn.Module, loss: Callable, data: PairBatches) -> None:
         ready = [[t.to(device) for t in data(step)] for step in range(CLOCK_STEPS)]
@@ -647,10 +700,8 @@ def clock(device: torch.device) -> dict[str, float]:
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type != "mps")
         steps[name] = partial(lesson05.take_steps, own, optimizer, loss, ready)
 
-    for stage, model, loss in (("stage 1", first, stage1_loss), ("stage 2", second, stage2_loss)):
-        add(stage, model, loss, kept)
-        add(f"{stage}, looking each time", model, loss, looked)
-        add(f"{stage}, end to end", thawed(model), loss, looked)
+    for way in ways_to_train(first, second):
+        add(*way)
     for name in ("itc", "itm", "itg"):
         add(f"stage 1 without {name.upper()}", first, partial(stage1_loss, **{name: False}), kept)
     seconds = {name: statistics.median(t) / CLOCK_STEPS for name, t in take_turns(steps, rounds=4).items()}

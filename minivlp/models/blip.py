@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,30 +164,30 @@ class MED(MEDEncoder):
 
 
 class Speaker:
-    """A decoder in the middle of B texts, for `minivlp.generate`. It keeps keys and values of all it has read, picture
-    and words, so that one more token costs one row of each block.
+    """A decoder in the middle of B texts, for `minivlp.generate`. It keeps the keys and values of all that was read, so
+    that one more token costs one row of each block.
 
-    `copies` texts are written about each of the contexts (M, S, D'): B = M * copies, those of one next to each other.
+    `step(ids, past)` gives the states of the tokens that follow a `past` and the new past, `head` the scores. `copies`
+    texts go on after each row of the first `past`, those of one next to each other. Without the `cache` each step reads
+    all that was said once more.
     """
 
     def __init__(
-        self, model: nn.Module, context: Tensor, *, context_mask: Tensor | None = None, copies: int = 1,
-        cache: bool = True,
+        self, step: Callable[[Tensor, list[Past] | None], tuple[Tensor, list[Past]]], head: nn.Module,
+        past: list[Past] | None = None, *, copies: int = 1, cache: bool = True,
     ) -> None:  # fmt: skip
-        self.model, self.past, self.cache = model, None, cache
-        asked = [block.cross.attn.keys_values(context) for block in model.text.decoder]
-        self.context = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in asked]
-        self.mask = None if context_mask is None else context_mask.repeat_interleave(copies, 0)
-        self.ids: LongTensor | None = None  # without the cache: all that was read
+        self.step, self.head, self.cache = step, head, cache
+        self.past = past and [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in past]
+        self.ids: LongTensor | None = None  # without the cache: all that was said
 
     def __call__(self, tokens: LongTensor) -> Tensor:
         """The newest tokens (B) -> scores of the next ones (B, V)."""
         ids = tokens[:, None]
         if not self.cache:  # the same numbers, each step from the beginning
             ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
-        states, past = self.model.text.decode(ids, self.context, context_mask=self.mask, past=self.past)
-        self.past = past if self.cache else None
-        return self.model.lm_head(states[:, -1])
+        states, past = self.step(ids, self.past)
+        self.past = past if self.cache else self.past
+        return self.head(states[:, -1])
 
     def reorder(self, rows: LongTensor) -> None:
         """Go on as if the texts had been the rows (B); each must be about the same picture as before."""
@@ -194,6 +195,18 @@ class Speaker:
             self.past = [(k[rows], v[rows]) for k, v in self.past]
         else:
             self.ids = self.ids[rows]
+
+
+def grounded_speaker(
+    text: MED, head: nn.Module, context: Tensor, *, context_mask: Tensor | None = None, copies: int = 1,
+    cache: bool = True,
+) -> Speaker:  # fmt: skip
+    """One that writes `copies` texts about each of the contexts (M, S, D'), of which `context_mask` (M, S) says what is
+    there: B = M * copies. Keys and values of the contexts are computed once."""
+    asked = [block.cross.attn.keys_values(context) for block in text.decoder]
+    asked = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in asked]
+    there = None if context_mask is None else context_mask.repeat_interleave(copies, 0)
+    return Speaker(lambda ids, past: text.decode(ids, asked, context_mask=there, past=past), head, cache=cache)
 
 
 def led_by(ids: Tensor, token: int) -> Tensor:
@@ -259,8 +272,8 @@ class BLIP(DualBLIP):
         return self.text.decode(led_by(ids, self.config.dec_id), context, context_mask=context_mask)[0]
 
     def speaker(self, context: Tensor, **how: object):
-        """A `Speaker`, for `minivlp.generate`: writes about each of the contexts (B, S, D'). `how` as there."""
-        return Speaker(self, context, **how)
+        """For `minivlp.generate`: writes about each of the contexts (B, S, D'). `how` as in `grounded_speaker`."""
+        return grounded_speaker(self.text, self.lm_head, context, **how)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """images (B, C, H, W), ids and mask (B, L) -> by name: "image" (B, 1+N, D'), "image vector" and "text vector"

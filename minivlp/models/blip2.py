@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from minivlp.layers import MLP, Block, MLMHead, TextEmbeddings, init_normal
-from minivlp.models.blip import Past, led_by
+from minivlp.models.blip import Past, Speaker, led_by
 from minivlp.models.dual_stream import CrossAttention, key_mask
-from minivlp.models.lm import PrefixSpeaker, prefix_mask
+from minivlp.models.lm import prefix_mask
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,14 @@ class BLIP2(DualBLIP2):
         mask = prefix_mask(past[0][0].shape[2] if past else 0, ids.shape[1], device=ids.device)
         return self.qformer(self.qformer.embed(ids), 0, mask=mask, past=past)[0]
 
-    def speaker(self, image: Tensor, *, copies: int = 1) -> PrefixSpeaker:
+    def speaker(self, image: Tensor, *, copies: int = 1) -> Speaker:
         """For `minivlp.generate`: the Q-Former itself writes about a picture's states (B, S, D')."""
 
         def step(ids: Tensor, past: list[Past]) -> tuple[Tensor, list[Past]]:  # queries take no position
             words = self.qformer.embed(ids, first=past[0][0].shape[2] - self.config.queries)
             return self.qformer(words, 0, past=past)[:2]
 
-        return PrefixSpeaker(step, self.lm_head, self.see(image)[1], copies=copies)
+        return Speaker(step, self.lm_head, self.see(image)[1], copies=copies)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """images (B, C, H, W), ids and mask (B, L) -> by name: "image" (B, S, D'), "queries" (B, Q, D), "query vectors"

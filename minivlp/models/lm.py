@@ -6,14 +6,13 @@ vectors (B, P, D) that take the place of words: nothing in here knows that they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import LongTensor, Tensor, nn
 
 from minivlp.layers import Block, MLMHead, init_normal
-from minivlp.models.blip import MED, MED_PARTS, BLIPConfig, Past, Speaker
+from minivlp.models.blip import MED, MED_PARTS, BLIPConfig, Past, Speaker, grounded_speaker
 from minivlp.models.clip import causal_mask
 from minivlp.models.dual_stream import key_mask
 
@@ -115,36 +114,14 @@ class DecoderLM(CausalTransformer):
     def speaker(
         self, prefix: Tensor | None, *, prompt: LongTensor | None = None, prompt_mask: Tensor | None = None,
         copies: int = 1,
-    ) -> PrefixSpeaker:  # fmt: skip
+    ) -> Speaker:  # fmt: skip
         """For `minivlp.generate`: goes on after a prefix (B, P, D) and the [DEC] and words of a prompt (B, L), all of
         one length; the first token given is the prompt's last, or [DEC] where there is no prompt."""
         parts = [] if prefix is None else [prefix]
         if prompt is not None and prompt.shape[1] > 1:
             parts.append(self.embed(prompt[:, :-1]))
         past = self(torch.cat(parts, dim=1))[1] if parts else None
-        return PrefixSpeaker(lambda ids, past: self(self.embed(ids), past), self.lm_head, past, copies=copies)
-
-
-class PrefixSpeaker:
-    """A decoder in the middle of B texts, for `minivlp.generate`: `step(ids, past)` gives states (B, 1, D) and the new
-    past, `head` the scores. `copies` texts are written after each past, those of one next to each other."""
-
-    def __init__(
-        self, step: Callable[[Tensor, list[Past] | None], tuple[Tensor, list[Past]]], head: nn.Module,
-        past: list[Past] | None, *, copies: int = 1,
-    ) -> None:  # fmt: skip
-        self.step, self.head, self.past = step, head, past
-        if past is not None and copies > 1:
-            self.past = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in past]
-
-    def __call__(self, tokens: LongTensor) -> Tensor:
-        """The newest tokens (B) -> scores of the next ones (B, V)."""
-        states, self.past = self.step(tokens[:, None], self.past)
-        return self.head(states[:, -1])
-
-    def reorder(self, rows: LongTensor) -> None:
-        """Go on as if the texts had been the rows (B)."""
-        self.past = [(k[rows], v[rows]) for k, v in self.past]
+        return Speaker(lambda ids, past: self(self.embed(ids), past), self.lm_head, past, copies=copies)
 
 
 class EncoderDecoderLM(nn.Module):
@@ -189,6 +166,6 @@ class EncoderDecoderLM(nn.Module):
         return self.text.decode(ids, context, context_mask=mask)[0]
 
     def speaker(self, prefix: Tensor | None, *, prompt=None, prompt_mask=None, copies: int = 1) -> Speaker:
-        """For `minivlp.generate`: writes from [DEC] on. Arguments as in `write`, `copies` as in `Speaker`."""
+        """For `minivlp.generate`: writes from [DEC] on. Arguments as in `write`, `copies` as in `grounded_speaker`."""
         context, mask = self.read(prefix, prompt, prompt_mask)
-        return Speaker(self, context, context_mask=mask, copies=copies)
+        return grounded_speaker(self.text, self.lm_head, context, context_mask=mask, copies=copies)
