@@ -135,7 +135,10 @@ def test_each_arm_changes_what_its_name_says_and_nothing_else():
         ("eye", "ViT of lesson 01"): {"eye": "vit_normal"},
         ("eye", "BLIP of lesson 07"): {"eye": "blip"},
         ("queries", "1"): {"model.queries": 1},
+        ("queries", "4"): {"model.queries": 4},
         ("queries", "16"): {"model.queries": 16},
+        ("end to end", "at the same rate"): {"end_to_end": 1.0},
+        ("end to end", "eye and mouth at a tenth of the rate"): {"end_to_end": 0.1},
         ("Q-Former", "cross-attention in every block"): {"model.cross_every": 1},
         ("Q-Former", "words start at random"): {"words": ""},
     }
@@ -569,7 +572,7 @@ def test_stage_1_gets_the_recipes_numbers_and_losses(fitted, monkeypatch):
 LATER = {"mouth": "mouth_prefix", "second": 9, "second_pages": 30, "second_lr": 0.5, "everything": False}
 EARLY = {"model": replace(TINY, queries=2), "eye": "blip", "pages": 50, "levels": (4,), "words": "", "itc": False,
          "itm": False, "itg": False, "smoothing": 0.2, "steps": 5, "batch_size": 2, "lr": 1.0, "weight_decay": 0.9,
-         "warmup": 0.9}  # fmt: skip
+         "warmup": 0.9, "end_to_end": 0.5}  # fmt: skip
 
 
 def test_a_first_stage_is_remembered_by_all_that_it_depends_on(fitted):
@@ -1197,6 +1200,7 @@ KINDS_OF_RUN = {
     "one query": (replace(PLAIN, model=replace(TINY, queries=1)), {"R@1", "matching"}, {"likeness of queries"}),
     "stage 2 alone": (replace(PLAIN, steps=0, words=""), set(), {"R@1", "matching", "Q-Former: BLEU", "VQA"}),
     "encoder-decoder": (replace(PLAIN, mouth="mouth_prefix"), {"R@1", "matching"}, {"VQA"}),
+    "end to end": (replace(PLAIN, end_to_end=0.5), {"R@1", "matching", "comprehension"}, {"VQA"}),
 }  # fmt: skip
 
 
@@ -1209,7 +1213,8 @@ def test_each_kind_of_run_is_measured_with_what_it_has(small_tests, kind):
     assert all(np.isfinite(value) for value in run.metrics.values())
     assert len(run.history.losses["stage 2: lm"]) == recipe.second
     own = {name for name in LOSSES if recipe.steps and getattr(recipe, name)}
-    assert run.history.losses.keys() == own | {"stage 2: lm"} and digest(run.model.eye) == digest(small_eye("clip"))
+    assert run.history.losses.keys() == own | {"stage 2: lm"} and ("comprehension" in run.metrics) == (
+        kind == "end to end") == (digest(run.model.eye) != digest(small_eye("clip")))  # fmt: skip
 
 
 def test_arms_that_differ_in_stage_2_alone_go_on_from_one_first_stage(monkeypatch):
@@ -1231,9 +1236,14 @@ def test_arms_that_differ_in_stage_2_alone_go_on_from_one_first_stage(monkeypatc
 
 
 @pytest.fixture
-def real_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def real_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lesson, "eye_of", real_eye_of)
     monkeypatch.setattr(lesson, "ready_made", real_ready_made)
+    monkeypatch.setattr(lesson, "gaps", fewer(lesson.gaps, 40))
+    monkeypatch.setattr(lesson, "BASE", replace(lesson.BASE, pages=60, batch_size=4))
+    lesson.features.cache_clear()
+    yield
+    lesson.features.cache_clear()
 
 
 def test_the_sizes_that_the_lesson_prints_are_those_of_its_models(real_parts):
@@ -1244,9 +1254,107 @@ def test_the_sizes_that_the_lesson_prints_are_those_of_its_models(real_parts):
         counted[f"all, {stage}"] = sum(n for _, n in each)
         counted[f"trained, {stage}"] = sum(n for name, n in each if not name.startswith(frozen))
         assert 0 < counted[f"trained, {stage}"] < counted[f"all, {stage}"]
-    assert lesson.facts() == counted | {"parameters": counted["all, stage 2"]}
+    found = lesson.facts()
+    assert {name: n for name, n in found.items() if "parameters" in name or name in counted} == counted | {
+        "parameters": counted["all, stage 2"]}  # fmt: skip
     kept = lesson.build(lesson.MAIN.model)
     assert {n: t.shape for n, t in kept.state_dict().items()} == {n: t.shape for n, t in second.state_dict().items()}
+
+
+def test_a_seed_fixes_a_new_model_whether_its_eye_was_asked_for_before_or_not(real_parts):
+    """The first run of a process builds the eye, which draws random numbers; the second finds it in the cache."""
+    for recipe in (lesson.BASE, replace(lesson.BASE, eye="blip", words="")):
+        real_eye_of.cache_clear()
+        first, second = (weights(lesson.begin(recipe, seed=3)) for _ in range(2))
+        assert not changed_tensors(first, second)
+        assert changed_tensors(first, weights(lesson.begin(recipe, seed=4)))
+
+
+def test_operations_are_counted_of_what_the_lesson_compares_and_gaps_of_new_models(real_parts, monkeypatch):
+    counted, begun = [], []
+
+    def count(model: nn.Module, loss: Callable, data: object) -> int:
+        counted.append((type(model), loss, data(0)[0].ndim, all(p.requires_grad for p in model.eye.parameters())))
+        return len(counted)
+
+    monkeypatch.setattr(lesson, "operations", count)
+    monkeypatch.setattr(lesson, "begin", lambda recipe, *, seed: begun.append(recipe) or seed)
+    monkeypatch.setattr(lesson, "gaps", lambda seed: {"gap": 10.0 + seed**2})
+    found = lesson.facts()
+    ways = [(3, False), (4, False), (4, True)]
+    assert counted == [(BLIP2, lesson.stage1_loss, *way) for way in ways] + [
+        (BLIP2Speaker, lesson.stage2_loss, *way) for way in ways]  # fmt: skip
+    names = [f"{stage}{how}" for stage in ("stage 1", "stage 2") for how in ("", ", looking each time", ", end to end")]
+    assert [found[f"operations, step, {name}"] for name in names] == [1, 2, 3, 4, 5, 6]
+    assert found["before training: gap"] == 10 + (0 + 1 + 4 + 9 + 16) / 5 and begun == [lesson.MAIN] * 5
+
+
+def test_operations_are_two_for_each_product_there_and_back():
+    """B rows by (K, N): 2BKN there, as much for the weights' gradient, and again for the inputs' where it is asked."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(5, 7), nn.Linear(7, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.outer(self.inner(x))[:, None]  # one head
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model, B, T = Attending().eval(), 3, 4
+    before, how = weights(model), lambda m, x: {"loss": m(x).sum() * (1.0 if m.training else float("nan"))}
+    inner, outer, attention = 2 * B * T * 5 * 7, 2 * B * T * 7 * 7, 2 * B * T * T * 7 * 2
+    found = lesson.operations(model, how, lambda step: (torch.randn(B, T, 5),))
+    assert found == 2 * inner + 3 * outer + 3 * attention
+    assert not moved(model, before) and all(p.grad is None for p in model.parameters()) and not model.training
+    lengths = lambda step: (torch.randn(B, T if step % 2 else 3 * T, 5),)  # noqa: E731
+    linear = lambda m, x: {"loss": m.inner(x).sum()}  # noqa: E731
+    assert lesson.operations(model, linear, lengths) == 2 * 2 * inner  # the mean over batches
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_eye_and_mouth_take_a_share_of_each_update_as_at_a_share_of_the_rate(batch, stage, share):
+    """AdamW itself is asked, with a group of its own for what shall be slower."""
+    model = lesson.thawed({1: tiny(temperature=0.3), 2: speaking()}[stage]).train()
+    loss = {1: lesson.stage1_loss, 2: lesson.stage2_loss}[stage]
+    images = lesson.pairs("train", 60).images[:3]
+    ours, theirs = deepcopy(model), deepcopy(model)
+    slow = lambda name: name.startswith(("eye.", "mouth."))  # noqa: E731
+    groups = [{"params": [p for n, p in theirs.named_parameters() if slow(n) == is_slow], "lr": rate}
+              for is_slow, rate in ((True, share * 1e-2), (False, 1e-2))]  # fmt: skip
+    hook = lesson.slower(ours, share)
+    optimizers = torch.optim.AdamW(ours.parameters(), lr=1e-2), torch.optim.AdamW(groups)
+    for step in range(3):
+        for one, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            sum(loss(one, images, *batch[1:]).values()).backward()
+            optimizer.step()
+        hook(ours, step)
+    for (name, a), b, start in zip(ours.named_parameters(), theirs.parameters(), model.parameters(), strict=True):
+        if not name.endswith(("attn.kv.bias", "attn.qkv.bias")):  # of keys: gradients of rounding alone
+            close(a - start, b - start, atol=2e-4)
+    assert moved(ours, weights(model)) >= {n for n in ours.state_dict() if slow(n) and n.endswith("weight")
+                                           and ("fc1" in n or "fc2" in n)}  # fmt: skip
+
+
+def test_a_run_from_end_to_end_changes_eye_and_mouth_of_its_own_alone(monkeypatch):
+    shares, real = [], lesson.slower
+    monkeypatch.setattr(lesson, "slower", lambda model, x: shares.append((type(model), x)) or real(model, x))
+    for name in ("validation1", "validation2"):
+        monkeypatch.setattr(lesson, name, lambda _: lambda _: {})
+    recipe, mouths = replace(PLAIN, end_to_end=0.5), []
+    monkeypatch.setattr(lesson, "ready_made", lambda name: mouths.append(part := small_part(name)) or part)
+    assert lesson.batches(recipe, seed=0)(0)[0].ndim == 4 and lesson.batches(PLAIN, seed=0)(0)[0].ndim == 3
+    first, _ = lesson.stage1(recipe, seed=0, device=CPU, progress=None)
+    kept = weights(first)
+    assert digest(first.eye) != digest(small_eye("clip"))
+    second, _ = lesson.stage2(first, recipe, seed=0, progress=None)
+    assert shares == [(BLIP2, 0.5), (BLIP2Speaker, 0.5)] and not moved(first, kept)
+    assert digest(second.eye) != digest(first.eye)
+    assert digest(second.mouth) != digest(mouths[-1]) == digest(small_part("mouth"))
+    lesson.stage2(lesson.stage1(PLAIN, seed=0, device=CPU, progress=None)[0], PLAIN, seed=0, progress=None)
+    assert len(shares) == 2  # a frozen one needs no holding back
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -1269,6 +1377,7 @@ def test_a_thawed_model_sees_the_same_and_is_trained_from_end_to_end(stage, batc
 
 
 def test_a_clock_counts_single_steps_and_a_whole_search(monkeypatch):
+    sources = {source for source in lesson.BOARD.values() if isinstance(source, str)}
     asked, trained, searched = [], [], []
 
     def turns(ways: dict[str, Callable], **_: object) -> dict[str, list[float]]:
@@ -1304,7 +1413,7 @@ def test_a_clock_counts_single_steps_and_a_whole_search(monkeypatch):
     ]  # fmt: skip
     assert found == pytest.approx({f"ms, step, {name}": 1000.0 * (k + 1) for k, name in enumerate(names)} | {
         "training seconds": 100 * 1 + 10 * 4, "ms for 1,000 x 1,000 pairs": 2000})  # fmt: skip
-    assert {source for source in lesson.BOARD.values() if isinstance(source, str)} <= {*found, *lesson.facts()}
+    assert sources == {"parameters", "training seconds", "ms for 1,000 x 1,000 pairs"} <= {*found, "parameters"}
 
 
 def test_all_pictures_are_drawn_once_before_runs_go_side_by_side(monkeypatch):

@@ -248,8 +248,9 @@ def start_from_words(model: BLIP2, words: BLIP2) -> None:
 def begin(recipe: Recipe, *, seed: int = 0, device: torch.device | None = None) -> BLIP2:
     """A new Q-Former behind a copy of the frozen eye (`features` goes on with the first one, on the CPU), which starts
     from `words` if the recipe says so."""
+    eye = copy.deepcopy(eye_of(recipe.eye))  # before the seed is set: it is built the first time, which draws numbers
     minivlp.seed_everything(seed)
-    model = BLIP2(recipe.model, copy.deepcopy(eye_of(recipe.eye))).to(device)
+    model = BLIP2(recipe.model, eye).to(device)
     if recipe.words:
         start_from_words(model, ready_made(recipe.words))
     return thawed(model) if recipe.end_to_end else model
