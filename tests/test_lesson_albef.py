@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lesson_helpers import Oracle, few_pages
+from lesson_helpers import Oracle, few_pages, fewer
 from torch import Tensor, nn
 from tower_helpers import shake
 
@@ -901,11 +901,6 @@ def test_planted_captions_are_learned_by_heart_or_seen_through():
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-
-
-def fewer(function: Callable, n: int = 40, **fixed: int) -> Callable:
-    """The function with at most `n` pages, whatever it is asked for."""
-    return lambda *args, **options: function(*args, **options | {"n": n} | fixed)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lesson_helpers import Oracle, few_pages
+from lesson_helpers import Oracle, changed, drawn_by_hand, few_pages, fewer, weights
 from torch import Tensor, nn
 from tower_helpers import close, shake, touched
 
@@ -89,10 +89,6 @@ def tiny(**changes: object) -> BLIP:
     return shake(BLIP(replace(TINY, **changes)), 0.1, but="temp")
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Which weights of a model are not what they were, to the last bit."""
     return set(changed_tensors(before, model.state_dict()))
@@ -123,16 +119,6 @@ def by_hand(scenes: Sequence[object], told: Sequence[tuple[int, str, str, str]])
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
-
-
-def flat(recipe: lesson.Recipe) -> dict[str, object]:
-    own = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "model"}
-    return own | {f"model.{f.name}": getattr(recipe.model, f.name) for f in fields(recipe.model)}
-
-
-def changed(recipe: lesson.Recipe, base: lesson.Recipe) -> dict[str, object]:
-    """All that is different, and what it is."""
-    return {name: value for name, value in flat(recipe).items() if value != flat(base)[name]}
 
 
 def test_each_arm_changes_what_its_name_says_and_nothing_else():
@@ -461,16 +447,6 @@ def partners_of(kept: MomentumALBEF, batch: Sequence[Tensor], monkeypatch: pytes
         patch.setattr(lesson05, "itm_loss", lambda *args: seen.append(args[-2:]) or torch.zeros(()))
         lesson.blip_loss(deepcopy(kept), *batch, lm=False, **how)
     return [part.tolist() for part in seen[0]]
-
-
-def drawn_by_hand(chance: np.ndarray, says: Sequence[int], noise: Sequence[float]) -> list[int]:
-    """Who is hit by `noise` if all who say something else lie on a line, each as long as its chance."""
-    found = []
-    for i, point in enumerate(noise):
-        others = [j for j in range(len(says)) if says[j] != says[i]]
-        edges = np.cumsum([chance[i, j] for j in others])
-        found.append(others[int((edges <= point * edges[-1]).sum())])
-    return found
 
 
 @pytest.mark.parametrize("itc", [True, False])
@@ -1409,11 +1385,6 @@ def test_ctrl_c_in_the_middle_of_a_step_ends_the_run(monkeypatch, nothing_kept):
     with pytest.raises(KeyboardInterrupt):
         lesson.run(FEW, seed=0, device=CPU)
     assert len(steps) == 3 and not nothing_kept
-
-
-def fewer(function: Callable, n: int = 40, **fixed: int) -> Callable:
-    """The function with at most `n` pages, whatever it is asked for."""
-    return lambda *args, **options: function(*args, **options | {"n": n} | fixed)
 
 
 @pytest.fixture

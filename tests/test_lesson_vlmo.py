@@ -12,7 +12,7 @@ from math import log
 import pytest
 import torch
 import torch.nn.functional as F
-from lesson_helpers import Oracle, few_pages
+from lesson_helpers import Oracle, few_pages, fewer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -1051,11 +1051,6 @@ def test_half_a_tuning_is_no_result(monkeypatch, model):
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-
-
-def fewer(function: Callable, n: int = 40) -> Callable:
-    """The function with at most `n` pages, whatever it is asked for."""
-    return lambda *args, **options: function(*args, **options | {"n": n})
 
 
 @pytest.fixture
