@@ -191,8 +191,10 @@ def itm_loss(
 ) -> Tensor:
     """ITM (paper, 3.2): B true pairs, each text with a wrong picture, each picture with a wrong text. image (B, S, D')
     and text (B, L, D) are states, `other_image` and `other_text` (B) say whose; only the fusion half runs, on 3 B."""
-    scores = model.match(torch.cat([text, text, text[other_text]]), torch.cat([mask, mask, mask[other_text]]),
-                         torch.cat([image, image[other_image], image]))  # fmt: skip
+    # index_select, not []: its gradient is summed up in one order, so that a run can be repeated to the last digit
+    wrong_text, wrong_image = text.index_select(0, other_text), image.index_select(0, other_image)
+    scores = model.match(torch.cat([text, text, wrong_text]), torch.cat([mask, mask, mask[other_text]]),
+                         torch.cat([image, wrong_image, image]))  # fmt: skip
     B = len(image)
     labels = torch.cat([torch.ones(B), torch.zeros(2 * B)]).long().to(scores.device)
     return F.cross_entropy(scores.float(), labels)

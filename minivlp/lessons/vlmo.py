@@ -234,8 +234,10 @@ def out_of_reach(same: Tensor, gpus: int) -> Tensor:
 def itm_loss(model: VLMo, image: Tensor, text: Tensor, mask: Tensor, other_image: Tensor, other_text: Tensor) -> Tensor:
     """ITM (paper, 3.2): B true pairs, each picture with a wrong text, each text with a wrong picture, from the embedded
     image (B, S, D) and text (B, L, D) on: 3 B passes through all blocks. `other_image`, `other_text` (B) say whose."""
-    scores = model.match(torch.cat([text, text[other_text], text]), torch.cat([mask, mask[other_text], mask]),
-                         torch.cat([image, image, image[other_image]]))  # fmt: skip
+    # index_select, not []: its gradient is summed up in one order, so that a run can be repeated to the last digit
+    wrong_text, wrong_image = text.index_select(0, other_text), image.index_select(0, other_image)
+    scores = model.match(torch.cat([text, wrong_text, text]), torch.cat([mask, mask[other_text], mask]),
+                         torch.cat([image, image, wrong_image]))  # fmt: skip
     labels = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     labels[: len(image)] = 1
     return F.cross_entropy(scores.float(), labels)
