@@ -125,3 +125,24 @@ class Oracle(nn.Module):
         self.asked += zip(i.tolist(), t.tolist(), strict=True)
         odds = self.odds[i, t]
         return torch.stack([0.7 * odds, 1.7 * odds], dim=1)  # whose difference are the odds
+
+
+def repeats_to_the_last_digit(itm_loss: Callable) -> bool:
+    """Is the gradient of the states of pictures and texts the same each time, although two threads sum it up?"""
+    torch.manual_seed(0)
+    image, text = (torch.randn(32, length, 128, requires_grad=True) for length in (17, 20))
+    mask, other = torch.ones(32, 20, dtype=torch.bool), torch.randint(0, 4, (2, 32))  # few are chosen, and often
+    weight = torch.randn(2, 96, 128)
+
+    def match(words: Tensor, mask: Tensor, pictures: Tensor) -> Tensor:
+        read, seen = (weight[i] * states.mean(dim=1) for i, states in enumerate((words, pictures)))
+        return torch.stack([read.sum(dim=1), (read * seen).sum(dim=1)], dim=1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad(itm_loss(SimpleNamespace(match=match), image, text, mask, *other), (image, text))
+                 for _ in range(100)]  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return all(torch.equal(a, b) for again in found for a, b in zip(again, found[0], strict=True))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lesson_helpers import Oracle, few_pages, fewer
+from lesson_helpers import Oracle, few_pages, fewer, repeats_to_the_last_digit
 from torch import Tensor, nn
 from tower_helpers import shake
 
@@ -380,6 +380,10 @@ def test_itm_asks_one_true_pair_and_two_wrong_ones_each(monkeypatch):
     log = scores.log_softmax(1)
     expected = -(log[:3, 1].sum() + log[3:, 0].sum()) / 9
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_itm_teaches_the_same_to_the_last_digit_each_time():
+    assert repeats_to_the_last_digit(lesson.itm_loss)
 
 
 def test_the_teacher_follows_before_it_is_asked(model, batch):

@@ -12,7 +12,7 @@ from math import log
 import pytest
 import torch
 import torch.nn.functional as F
-from lesson_helpers import Oracle, few_pages, fewer
+from lesson_helpers import Oracle, few_pages, fewer, repeats_to_the_last_digit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -468,6 +468,10 @@ def test_itm_asks_one_true_pair_and_two_wrong_ones_each():
     assert masks.sum(1).tolist() == [4, 3, 2, 2, 4, 3, 4, 3, 2]  # each text brings its own
     log_p = scores.log_softmax(1)
     assert loss.item() == pytest.approx(-(log_p[:3, 1].sum() + log_p[3:, 0].sum()).item() / 9, abs=1e-6)
+
+
+def test_itm_teaches_the_same_to_the_last_digit_each_time():
+    assert repeats_to_the_last_digit(lesson.itm_loss)
 
 
 # --- stage 3: the objective ------------------------------------------------------------------------------------------
