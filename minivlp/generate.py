@@ -87,7 +87,8 @@ def beam_search(
     """Keep the `beams` best beginnings of each text; of those that end, return the one with the highest log-probability
     per token (length ** `length_penalty`). The decoder holds B * beams texts, those of one picture next to each other.
 
-    A text's search is over when no open beginning could beat its finished ones (the rule of transformers).
+    A text's search is over when no open beginning is ahead of the worst of its `beams` finished ones (the rule of
+    transformers; it may end too early, for a mean can still rise).
     """
     B, k, device = len(first), beams, first.device
     rows = torch.arange(B, device=device)[:, None]

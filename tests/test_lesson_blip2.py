@@ -131,6 +131,7 @@ def test_each_arm_changes_what_its_name_says_and_nothing_else():
         ("mouth", "encoder-decoder, random Q-Former"): {"mouth": "mouth_prefix"} | random,
         ("mouth", "stopped early"): {"mouth": "mouth_worse"},
         ("stage 2 alone", "equal steps"): random,
+        ("stage 2 alone", "equal steps, after texts"): {"steps": 0},
         ("stage 2 alone", "equal computation"): random | {"second": base.second + lesson.STAGE1_IN_STAGE2 * base.steps},
         ("eye", "ViT of lesson 01"): {"eye": "vit_normal"},
         ("eye", "BLIP of lesson 07"): {"eye": "blip"},

@@ -105,8 +105,9 @@ EXPERIMENTS: dict[str, dict[str, Recipe]] = {
         "encoder-decoder, random Q-Former": replace(BASE, mouth="mouth_prefix", steps=0, words=""),
         "stopped early": replace(BASE, mouth="mouth_worse"),
     },
-    "stage 2 alone": {  # from a random Q-Former
+    "stage 2 alone": {  # from a random Q-Former, or from texts
         "equal steps": replace(BASE, steps=0, words=""),
+        "equal steps, after texts": replace(BASE, steps=0),
         "equal computation": replace(BASE, steps=0, words="", second=BASE.second + STAGE1_IN_STAGE2 * BASE.steps),
     },
     "eye": {
