@@ -665,8 +665,8 @@ def ways_to_train(first: BLIP2, second: BLIP2Speaker) -> Iterator[tuple[str, nn.
 
 
 def operations(model: nn.Module, loss: Callable, data: PairBatches) -> int:
-    """Floating-point operations of a step there and back, the mean of `CLOCK_STEPS`: two for each multiplication with
-    addition in the matrix products."""
+    """Floating-point operations of a step, forward and backward, the mean of `CLOCK_STEPS`: two for each multiplication
+    with addition in the matrix products."""
     own = copy.deepcopy(model).train()
     # PyTorch's counter does not know the fused attention of the CPU, but the products that it is made of.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

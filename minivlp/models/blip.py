@@ -186,7 +186,8 @@ class Speaker:
         if not self.cache:  # the same numbers, each step from the beginning
             ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
         states, past = self.step(ids, self.past)
-        self.past = past if self.cache else self.past
+        if self.cache:
+            self.past = past
         return self.head(states[:, -1])
 
     def reorder(self, rows: LongTensor) -> None:
